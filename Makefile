@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.10 or newer, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: help demo test check docs clean
+
+help:
+	@echo "make demo   install into $(VENV), train a small model for about a minute, let it write"
+	@echo "make test   install into $(VENV), run the whole test suite"
+	@echo "make check  lint, format and types"
+	@echo "make docs   write the generated pages of docs/ anew"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/dtt train --name demo --fresh
+	@echo
+	$(BIN)/dtt generate runs/demo --prompt "Once upon a time" --num-samples 3 --seed 1
+	@echo
+	@echo "The picture of the loss is runs/demo/loss.png"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/dtt config docs -o docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info

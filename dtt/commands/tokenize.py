@@ -1,0 +1,28 @@
+"""`dtt tokenize`."""
+
+from __future__ import annotations
+
+from dtt.config.flags import ConfigParser
+from dtt.config.load import to_yaml
+
+DESCRIPTION = "Turn a corpus into token shards, once; training with the same settings finds them."
+EXAMPLES = (
+    "dtt tokenize -c run.yaml",
+    "dtt tokenize -d stdlib --tokenizer bpe -v 8192",
+    "dtt tokenize --data-path book.txt --force",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Parse, validate, and prepare the corpus."""
+    parser = ConfigParser("dtt tokenize", DESCRIPTION, EXAMPLES)
+    parser.add_argument("--force", action="store_true", help="write shards that are there again")
+    options = parser.parse(argv)
+    config = parser.config(options)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+
+    from dtt.data.prepare import prepare_command
+
+    return prepare_command(config, force=options.force)

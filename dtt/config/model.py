@@ -1,0 +1,105 @@
+"""Settings of the decoder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dtt.config.section import Section
+
+
+class Learned(Section):
+    """Learned absolute positions (GPT-2)."""
+
+    name: Literal["learned"] = "learned"
+    """Which positions."""
+
+
+class NoPositions(Section):
+    """No position information beyond the causal mask."""
+
+    name: Literal["none"] = "none"
+    """Which positions."""
+
+
+class Rotary(Section):
+    """Rotary positions (Su et al. 2021, arxiv.org/abs/2104.09864), scaled for longer contexts."""
+
+    name: Literal["rotary"] = "rotary"
+    """Which positions."""
+    theta: float = Field(10_000.0, gt=0)
+    """Base of the rotation frequencies."""
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How frequencies are stretched for contexts longer than `original_context`."""
+    factor: float = Field(1.0, ge=1)
+    """By how much the context is stretched (with a scaling)."""
+    original_context: int = Field(8192, gt=0)
+    """Context that the unscaled frequencies were made for, in tokens (with a scaling)."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: waves longer than original_context / this are stretched in full."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: waves shorter than original_context / this are left alone."""
+    beta_fast: float = Field(32.0, gt=0)
+    """yarn: frequencies that turn more often than this over the original context are left alone."""
+    beta_slow: float = Field(1.0, gt=0)
+    """yarn: frequencies that turn less often than this are stretched in full."""
+
+
+Positions = Annotated[Rotary | Learned | NoPositions, Field(discriminator="name")]
+
+
+class Model(Section):
+    """The decoder: GPT-2, Llama and Qwen3 are settings of it."""
+
+    preset: str | None = None
+    """Start from the model settings of this preset (`dtt config presets` lists them)."""
+    dim: int = Field(128, gt=0)
+    """Width of the residual stream."""
+    layers: int = Field(4, gt=0)
+    """Number of transformer blocks."""
+    heads: int = Field(4, gt=0)
+    """Number of query heads."""
+    kv_heads: int | None = Field(None, gt=0)
+    """Number of key/value heads (grouped-query attention); null: as many as heads."""
+    head_dim: int | None = Field(None, gt=0)
+    """Width of a head; null: dim / heads."""
+    hidden: int | None = Field(None, gt=0)
+    """Width of the MLP; null: 4 dim, or 8/3 dim rounded up to a multiple of 64 for swiglu."""
+    context: int = Field(128, gt=0)
+    """Longest sequence, in tokens; training windows have this length."""
+    vocab_size: int | None = Field(None, gt=0)
+    """Rows of the embedding; null: the tokenizer's size. Larger is padding, smaller is an error."""
+    positions: Positions = Rotary()
+    """How the model knows where a token stands."""
+    norm: Literal["rmsnorm", "layernorm"] = "layernorm"
+    """Normalisation before attention, before the MLP and before the head."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance in a norm."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "relu2"
+    """MLP non-linearity; swiglu adds a gate matrix."""
+    bias: bool = False
+    """Biases in linear layers and in LayerNorm."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys (Qwen3)."""
+    tied_head: bool = False
+    """The output matrix is the embedding matrix."""
+    window: int | None = Field(None, gt=0)
+    """Sliding window: tokens that each token sees, itself included; null: all before it."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of activations dropped in training."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Model:
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(f"dim ({self.dim}) must be divisible by heads ({self.heads})")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})"
+            )
+        width = self.head_dim or self.dim // self.heads
+        if isinstance(self.positions, Rotary) and width % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {width}")
+        return self

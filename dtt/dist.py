@@ -1,0 +1,183 @@
+"""Ranks: who this process is, and the few things that ranks do together.
+
+The only reader of RANK, SLURM_*, OMPI_* and PMI_*. Everything else asks a `Runtime`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtt.allocator import keep_freed_memory
+from dtt.errors import ConfigError, DttError, OtherRankError, PeerError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+# (rank, world size, local rank, local world size) as each launcher names them.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks, as its launcher says."""
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
+    launcher: str = "none"
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """Read rank and world size from the environment of torchrun, MPI or Slurm, else one rank."""
+    for launcher, (rank, size, local, local_size) in LAUNCHERS.items():
+        if rank not in environ or size not in environ:
+            continue
+        # An interactive Slurm shell has these variables too, but no step of its own.
+        if launcher == "Slurm" and environ.get("SLURM_STEP_ID", "") in ("", "batch", "interactive"):
+            continue
+        try:
+            ranks = int(environ[size])
+            local_ranks = int(environ.get(local_size, "1").split("(")[0])
+            local_rank = int(environ.get(local, 0))
+            return Place(int(environ[rank]), ranks, local_rank, local_ranks, launcher)
+        except ValueError:
+            raise ConfigError(
+                f"{rank}={environ[rank]} and {size}={environ[size]} are not numbers",
+                "unset them or start through torchrun",
+            ) from None
+    return Place()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A rank with its device; collectives are no-ops when it is alone."""
+
+    place: Place
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def ranks(self) -> int:
+        return self.place.ranks
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.place.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up `values` over all ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on the main rank and return its result on every rank.
+
+        If it fails there, its error is raised there and `OtherRankError` on the others.
+        """
+        if self.ranks == 1:
+            return action()
+        outcome: list[Any] = [None, 0]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except DttError as error:
+                outcome[1] = error.exit_code
+                dist.broadcast_object_list(outcome)
+                raise
+        dist.broadcast_object_list(outcome)
+        if outcome[1]:
+            raise OtherRankError(outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def close(self) -> None:
+        """Leave the process group; call before the process ends well."""
+        if self.ranks > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(place: Place, device: str, threads: int | None) -> Runtime:
+    """Choose the device and threads of this rank and meet the others; PeerError if they stay away.
+
+    MASTER_ADDR and MASTER_PORT say where, as torchrun, Slurm scripts and MPI scripts set them.
+    """
+    chosen = choose_device(device, place.local_rank)
+    if chosen.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        keep_freed_memory()
+        torch.set_num_threads(threads or max(1, (cores or 1) // place.local_ranks))
+    elif chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if place.ranks > 1:
+        address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        port = os.environ.setdefault("MASTER_PORT", "29500")
+        try:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                rank=place.rank,
+                world_size=place.ranks,
+                timeout=TIMEOUT,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise PeerError(
+                f"rank {place.rank} of {place.ranks} could not meet the others at "
+                f"{address}:{port}: {str(error).splitlines()[0]}",
+                "check that all ranks run and that MASTER_ADDR and MASTER_PORT are the same",
+            ) from error
+    return Runtime(place, chosen)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device of a rank: `auto` is cuda, else mps, else cpu."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("training.device: cuda, but PyTorch sees no GPU", "use --device auto")
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{local_rank + 1} ranks on this machine, which has "
+                f"{torch.cuda.device_count()} GPUs",
+                "start at most one rank per GPU",
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("training.device: mps, but PyTorch sees none", "use --device auto")
+    return torch.device(name)
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank without running finalizers.
+
+    A gloo thread that outlives the interpreter aborts the process at exit
+    (pytorch/pytorch#190489), so a rank that did its work must not return through them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

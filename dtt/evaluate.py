@@ -1,0 +1,157 @@
+"""Loss, perplexity and bits per byte of a model over a whole split, weighted by tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from json import dumps as dump_json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dtt.data.loader import IGNORED, Batch, evaluation_batches
+from dtt.data.prepare import Corpus, prepare
+from dtt.data.progress import progress
+from dtt.dist import Place, Runtime
+from dtt.errors import EXIT_DONE, ConfigError, DataError
+from dtt.metrics.loggers import perplexity
+from dtt.model.decoder import Decoder
+from dtt.model.loss import sum_cross_entropy
+from dtt.tokenizer import fingerprint
+from dtt.train.load import load_run
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model knows of a text."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    tokens: int
+    bits_per_byte: float
+    """Comparable between tokenizers. Over the whole split it counts each end of a document too."""
+    floor: float | None = None
+    """The lowest possible bits per byte, where the source knows it."""
+
+    @property
+    def above_floor(self) -> float | None:
+        """How far above the floor, as a share of it (0.05 is five percent)."""
+        return None if self.floor is None else self.bits_per_byte / self.floor - 1
+
+    def line(self) -> str:
+        """Return the figures as a person reads them."""
+        text = (
+            f"loss {self.loss:.4f}  ppl {self.perplexity:.4g}  {self.bits_per_byte:.4f} bits/byte"
+        )
+        if self.floor is not None and self.above_floor is not None:
+            text += f" (floor {self.floor:.4f}, {self.above_floor:+.1%})"
+        return text
+
+
+def sum_loss(model: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss in nats, summed over the targets that are not IGNORED."""
+    hidden = model.hidden(tokens).flatten(0, 1)
+    return sum_cross_entropy(hidden, model.head_weight, targets.flatten(), IGNORED)
+
+
+def evaluate(
+    model: Decoder,
+    corpus: Corpus,
+    split: str,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> Evaluation:
+    """Return the model's figures over a split; every token of it is a target exactly once.
+
+    Ranks divide the windows; each may have one batch less than another. With `stride` below the
+    context, windows overlap so that each target has more text before it.
+    """
+    stream = corpus.stream(split)
+    if len(stream) < 2:
+        raise DataError(f"the {split} split has no tokens", "prepare it with another data.split")
+    batches: Iterable[Batch] = evaluation_batches(
+        stream,
+        model.settings.context,
+        batch_size,
+        stride=stride,
+        max_tokens=max_tokens,
+        rank=runtime.rank,
+        ranks=runtime.ranks,
+    )
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    with torch.inference_mode():
+        for batch in batches:
+            targets = batch.targets.to(runtime.device)
+            totals[0] += sum_loss(model, batch.tokens.to(runtime.device), targets).double().cpu()
+            totals[1] += int((batch.targets != IGNORED).sum())
+    model.train(was_training)
+    nats, count = (float(x) for x in runtime.sum(totals.to(runtime.device)).cpu())
+    manifest = corpus.manifest
+    # Bytes per token of the whole split, also where only a part of it was evaluated.
+    size = manifest.total(split, "bytes") * count / manifest.total(split, "tokens")
+    ideal = manifest.ideal_bits(split)
+    return Evaluation(
+        loss=nats / count,
+        perplexity=perplexity(nats / count),
+        tokens=int(count),
+        bits_per_byte=nats / math.log(2) / size,
+        floor=ideal / manifest.total(split, "bytes") if ideal else None,
+    )
+
+
+def evaluate_command(
+    *,
+    run: Path | None,
+    checkpoint: str,
+    split: str,
+    stride: int | None,
+    batch_size: int | None,
+    max_tokens: int | None,
+    device: str,
+    precision: str,
+    json: bool,
+) -> int:
+    """Print the figures of a run's checkpoint on its own corpus; return the exit code."""
+    loaded = load_run(run, checkpoint=checkpoint, device=device, precision=precision)
+    config = loaded.config
+    if stride is not None and stride > config.model.context:
+        raise ConfigError(
+            f"--stride {stride} is longer than the model's context ({config.model.context})",
+            "some tokens would be left out: use a shorter stride",
+        )
+    with progress() as advance:
+        corpus = prepare(config.data, config.tokenizer, advance=advance)
+    if fingerprint(corpus.tokenizer) != fingerprint(loaded.tokenizer):
+        raise DataError(
+            f"{corpus.folder} has other tokens than {loaded.folder} was trained on",
+            "restore the text that it was trained on",
+        )
+    runtime = Runtime(Place(), loaded.model.embed.weight.device)
+    begun = time.perf_counter()
+    result = evaluate(
+        loaded.model,
+        corpus,
+        split,
+        runtime,
+        batch_size=batch_size or config.evaluation.batch_size or config.training.batch_size,
+        stride=stride,
+        max_tokens=max_tokens,
+    )
+    if json:
+        row = {"run": str(loaded.folder), "step": loaded.step, "split": split, **asdict(result)}
+        print(dump_json(row | {"above_floor": result.above_floor}))
+        return EXIT_DONE
+    seconds = time.perf_counter() - begun
+    print(f"{loaded.folder}, step {loaded.step}, {split} split of {corpus.folder}")
+    print(result.line())
+    print(f"{result.tokens:,} tokens in {seconds:.1f} s")
+    return EXIT_DONE

@@ -1,0 +1,110 @@
+"""Causal self-attention with grouped queries, and the cache that generation keeps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtt.config.model import Model
+from dtt.model.cpu_attention import blocked_attention
+from dtt.model.layers import Linear, RMSNorm
+from dtt.model.positions import rotate
+
+
+class Cache:
+    """Keys and values of the tokens so far, for every block.
+
+    Rows may begin with padding, so that prompts of different lengths end at the same column:
+    `padding` [B] counts it. `length` columns are filled.
+    """
+
+    def __init__(
+        self, settings: Model, batch: int, capacity: int, padding: Tensor, dtype: torch.dtype
+    ) -> None:
+        heads = settings.kv_heads or settings.heads
+        width = settings.head_dim or settings.dim // settings.heads
+        shape = (settings.layers, 2, batch, heads, capacity, width)
+        self.entries = torch.zeros(shape, dtype=dtype, device=padding.device)
+        self.padding = padding
+        self.length = 0
+
+    def positions(self, count: int) -> Tensor:
+        """Return the positions [B, count] of the next tokens; padding has position 0."""
+        columns = torch.arange(self.length, self.length + count, device=self.padding.device)
+        return (columns - self.padding[:, None]).clamp(min=0)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, heads, T, width] of new tokens and return all so far."""
+        stop = self.length + keys.shape[2]
+        self.entries[layer, 0, :, :, self.length : stop] = keys
+        self.entries[layer, 1, :, :, self.length : stop] = values
+        return self.entries[layer, 0, :, :, :stop], self.entries[layer, 1, :, :, :stop]
+
+    def mask(self, count: int, window: int | None) -> Tensor | None:
+        """Return which columns the next `count` tokens see, [B, 1, count, columns]; None: all."""
+        if count == 1 and window is None and not self._padded:
+            return None
+        device, total = self.padding.device, self.length + count
+        columns = torch.arange(total, device=device)
+        rows = torch.arange(self.length, total, device=device)[:, None]
+        seen = visible(rows, columns, window)
+        real = columns >= self.padding[:, None, None, None]
+        # A padded query sees itself, since a row without any column would be NaN.
+        return (seen & real) | (rows == columns)
+
+    @property
+    def _padded(self) -> bool:
+        return bool(self.padding.any())
+
+
+def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
+    seen = columns <= rows
+    return seen if window is None else seen & (columns > rows - window)
+
+
+class Attention(nn.Module):
+    """Softmax attention over the tokens before, with rotary positions where the model has them."""
+
+    def __init__(self, settings: Model, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = settings.window
+        self.width = settings.head_dim or settings.dim // settings.heads
+        self.grouped = (settings.kv_heads or settings.heads) != settings.heads
+        self.dropout = settings.dropout
+        inner, kv_inner = (
+            self.width * settings.heads,
+            self.width * (settings.kv_heads or settings.heads),
+        )
+        self.split = (inner, kv_inner, kv_inner)
+        self.qkv = Linear(settings.dim, sum(self.split), bias=settings.bias)
+        self.out = Linear(inner, settings.dim, bias=settings.bias)
+        self.q_norm = RMSNorm(self.width, settings.norm_eps) if settings.qk_norm else None
+        self.k_norm = RMSNorm(self.width, settings.norm_eps) if settings.qk_norm else None
+
+    def forward(
+        self, x: Tensor, table: Tensor | None, cache: Cache | None, mask: Tensor | None
+    ) -> Tensor:
+        """Attend from each token of x [B, T, dim] to itself and all before, cached ones too."""
+        batch, length, _ = x.shape
+        # -1 infers the heads, so that a shard of them works unchanged.
+        q, k, v = (
+            part.view(batch, length, -1, self.width).transpose(1, 2)
+            for part in self.qkv(x).split(self.split, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type == "cpu" and cache is None and mask is None and not dropout:
+            y = blocked_attention(q, k, v)
+        else:
+            causal = mask is None and length > 1
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, causal, enable_gqa=self.grouped
+            )
+        return self.out(y.transpose(1, 2).reshape(batch, length, -1))

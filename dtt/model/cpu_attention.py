@@ -1,0 +1,78 @@
+"""Causal attention on CPUs, as matrix products over blocks of queries.
+
+PyTorch's fused CPU attention spends most of a training step of a small model in its backward pass;
+plain matrix products run near the machine's peak and take a third of the time (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Queries per block: later blocks of keys are not touched, so long contexts save half the work."""
+
+
+class BlockedAttention(torch.autograd.Function):
+    """softmax(Q K^T / sqrt(width) + causal mask) V for q, k, v [N, T, width], one N per head.
+
+    Keeps the probabilities for the backward pass: N x T^2 / 2 numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, scale = q.shape[1], q.shape[2] ** -0.5
+        kept, out = [], []
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
+            mask = _future(stop - start, stop, q.dtype)
+            keys = k[:, :stop].transpose(1, 2)
+            scores = torch.baddbmm(mask, q[:, start:stop], keys, alpha=scale)
+            weights = torch.softmax(scores, -1)
+            kept.append(weights)
+            out.append(torch.bmm(weights, v[:, :stop]))
+        ctx.save_for_backward(q, k, v, *kept)
+        return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *kept = ctx.saved_tensors
+        length, scale = q.shape[1], q.shape[2] ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        # From the last block, which sees all keys, so that it fills dk and dv and others add.
+        for index in reversed(range(len(kept))):
+            weights = kept[index]
+            start, stop = index * BLOCK, weights.shape[2]
+            part = grad[:, start:stop]
+            dweights = torch.bmm(part, v[:, :stop].transpose(1, 2))
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dscores *= scale
+            dq[:, start:stop] = torch.bmm(dscores, k[:, :stop])
+            dk_part = torch.bmm(dscores.transpose(1, 2), q[:, start:stop])
+            dv_part = torch.bmm(weights.transpose(1, 2), part)
+            if stop == length:
+                dk.copy_(dk_part)
+                dv.copy_(dv_part)
+            else:
+                dk[:, :stop] += dk_part
+                dv[:, :stop] += dv_part
+        return dq, dk, dv
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention [B, heads, T, width]; k and v may have fewer, shared heads."""
+    batch, heads, length, width = q.shape
+    if k.shape[1] != heads:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.reshape(batch * heads, length, width) for x in (q, k, v))
+    y: Tensor = BlockedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return y.view(batch, heads, length, width)
+
+
+@lru_cache(maxsize=64)
+def _future(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """Minus infinity where a key comes after the query; the last query sees all keys."""
+    return torch.full((queries, keys), float("-inf"), dtype=dtype).triu_(keys - queries + 1)

@@ -1,0 +1,171 @@
+"""The decoder: GPT-2, Llama, Qwen3 and dtt's own default are settings of this one model.
+
+It is single-device code: no rank, mesh or process group in it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dtt.config.model import Learned, Model, Rotary
+from dtt.model.attention import Attention, Cache, visible
+from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
+from dtt.model.positions import rotation_table
+
+
+def _norm(settings: Model) -> nn.Module:
+    if settings.norm == "layernorm":
+        return LayerNorm(settings.dim, settings.norm_eps, bias=settings.bias)
+    return RMSNorm(settings.dim, settings.norm_eps)
+
+
+def mlp_width(settings: Model) -> int:
+    """Return the width of the MLP that the settings ask for."""
+    if settings.hidden is not None:
+        return settings.hidden
+    if settings.activation == "swiglu":
+        return -(-settings.dim * 8 // 3 // 64) * 64
+    return 4 * settings.dim
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, settings: Model, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = _norm(settings)
+        self.attention = Attention(settings, layer)
+        self.mlp_norm = _norm(settings)
+        self.mlp = MLP(settings.dim, mlp_width(settings), settings.activation, settings.bias)
+        self.dropout = settings.dropout
+        self.compute_dtype = torch.float32
+
+    def forward(
+        self, x: Tensor, table: Tensor | None, cache: Cache | None, mask: Tensor | None
+    ) -> Tensor:
+        """Add to the residual stream x [B, T, dim], which is fp32 whatever the compute type."""
+        inner = self.attention_norm(x).to(self.compute_dtype)
+        x = x + self._drop(self.attention(inner, table, cache, mask))
+        return x + self._drop(self.mlp(self.mlp_norm(x).to(self.compute_dtype)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Decoder(nn.Module):
+    """Tokens [B, T] to logits [B, T, vocabulary].
+
+    Matrix products are computed in `compute_dtype`, the residual stream in fp32, as under autocast:
+    a bf16 residual stream is no faster and gives gradients that are 15% off (docs/log.md).
+    Parts: embed, blocks, norm, head (absent when it is the embedding).
+    """
+
+    def __init__(self, settings: Model) -> None:
+        super().__init__()
+        if settings.vocab_size is None:
+            raise ValueError("vocab_size must be resolved before a model is built")
+        self.settings = settings
+        self.compute_dtype = torch.float32
+        self.recompute_blocks = False
+        self.embed = nn.Embedding(settings.vocab_size, settings.dim)
+        learned = isinstance(settings.positions, Learned)
+        self.position_embed = nn.Embedding(settings.context, settings.dim) if learned else None
+        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        self.norm = _norm(settings)
+        self.head = (
+            None if settings.tied_head else Linear(settings.dim, settings.vocab_size, bias=False)
+        )
+        self._table: Tensor | None = None
+
+    def compute_in(self, dtype: torch.dtype) -> Decoder:
+        """Set the type of matrix products; parameters stay as they are."""
+        self.compute_dtype = dtype
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compute_dtype = dtype
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [vocabulary, dim]."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter: normal with init_std, residual outputs scaled by 1/sqrt(2 layers)
+        (GPT-2), norms one, biases zero."""
+        std = self.settings.init_std
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+                continue
+            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            scale = (2 * self.settings.layers) ** -0.5 if residual else 1.0
+            nn.init.normal_(parameter, 0.0, std * scale, generator=generator)
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Return the normed state [B, T, dim] before the head."""
+        length = tokens.shape[1]
+        mask = self._mask(length, tokens.device, cache)
+        if cache is not None and positions is None:
+            positions = cache.positions(length)
+        x = F.embedding(tokens, self.embed.weight)
+        if self.position_embed is not None:
+            table = self.position_embed.weight
+            x = x + (table[:length] if positions is None else F.embedding(positions, table))
+        x = x.float()
+        if self.settings.dropout and self.training:
+            x = F.dropout(x, self.settings.dropout)
+        rotation = self._rotation(length, positions, tokens.device)
+        for block in self.blocks:
+            if self.recompute_blocks and self.training:
+                x = checkpoint(block, x, rotation, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, rotation, cache, mask)
+        if cache is not None:
+            cache.length += length
+        normed: Tensor = self.norm(x).to(self.compute_dtype)
+        return normed
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Return logits [B, T, vocabulary] in the compute type."""
+        x = self.hidden(tokens, positions, cache)
+        return F.linear(x, self.head_weight.to(x.dtype))
+
+    def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Return the logits [B, vocabulary] behind the last of `tokens`, which join the cache."""
+        x = self.hidden(tokens, cache=cache)[:, -1]
+        return F.linear(x, self.head_weight.to(x.dtype))
+
+    def _mask(self, length: int, device: torch.device, cache: Cache | None) -> Tensor | None:
+        window = self.settings.window
+        if cache is not None:
+            return cache.mask(length, window)
+        if window is None or window >= length:
+            return None
+        places = torch.arange(length, device=device)
+        return visible(places[:, None], places, window)
+
+    def _rotation(
+        self, length: int, positions: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        settings = self.settings
+        if not isinstance(settings.positions, Rotary):
+            return None
+        if self._table is None or self._table.device != device:
+            width = settings.head_dim or settings.dim // settings.heads
+            self._table = rotation_table(settings.positions, width, settings.context).to(device)
+        if positions is None:
+            return self._table[:, :length]
+        return self._table[:, positions].unsqueeze(2)  # [2, B, 1, T, width / 2]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())

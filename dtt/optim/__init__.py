@@ -1,0 +1,1 @@
+"""What turns gradients into updates: optimizers and learning-rate schedules."""

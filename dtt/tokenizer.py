@@ -1,0 +1,234 @@
+"""Text to tokens and back: characters, bytes, BPE, or any Hugging Face tokenizer.
+
+A tokenizer is one JSON file, `tokenizer.json`, that travels with the prepared data, the run and
+every checkpoint. Token ids are uint32 arrays. No text can produce a special token: a document that
+contains the characters "<|endoftext|>" is encoded as these characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtt.errors import DataError
+
+Ids = NDArray[np.uint32]
+END_OF_TEXT = "<|endoftext|>"
+# Names under which published tokenizers have the token that ends a document.
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<s>")
+# GPT-2's pre-tokenizer, with possessive quantifiers where they cannot change a match (tiktoken).
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Tokenizer(Protocol):
+    """Encodes text without loss where its alphabet allows, and decodes any ids of its own."""
+
+    vocab_size: int
+    """Number of token ids; every id is below it."""
+    end_of_text: int
+    """The id that separates documents."""
+    unknown: int | None
+    """The id of text outside of the alphabet; None where nothing is outside."""
+
+    def encode(self, text: str) -> Ids: ...
+    def decode(self, ids: Sequence[int] | Ids) -> str: ...
+    def to_json(self) -> str: ...
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of the tokenizer's file: equal if and only if the files are equal."""
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+class CharTokenizer:
+    """One token per character of a fixed alphabet; others become the token `unknown`."""
+
+    end_of_text = 0
+    unknown: int | None = 1
+
+    def __init__(self, alphabet: Iterable[str]) -> None:
+        self.alphabet = "".join(sorted(set(alphabet)))
+        self.vocab_size = len(self.alphabet) + 2
+        codes = _code_points(self.alphabet)
+        self._table = np.full(int(codes.max(initial=0)) + 1, 1, dtype=np.uint32)
+        self._table[codes] = np.arange(2, self.vocab_size, dtype=np.uint32)
+
+    def encode(self, text: str) -> Ids:
+        codes = _code_points(text)
+        inside = codes < len(self._table)
+        return np.where(inside, self._table[np.where(inside, codes, 0)], 1).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        special = ("", "\N{REPLACEMENT CHARACTER}")
+        return "".join(special[i] if i < 2 else self.alphabet[i - 2] for i in ids)
+
+    def to_json(self) -> str:
+        return _dump({"dtt": "char", "alphabet": self.alphabet})
+
+
+class ByteTokenizer:
+    """Token i is the byte i; 256 ends a document."""
+
+    vocab_size = 257
+    end_of_text = 256
+    unknown: int | None = None
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
+
+    def to_json(self) -> str:
+        return _dump({"dtt": "byte"})
+
+
+class BpeTokenizer:
+    """A Hugging Face `tokenizers` tokenizer.
+
+    Byte-level BPE with GPT-2's pre-tokenizer is encoded by `tiktoken`, which gives the same tokens
+    four times as fast (docs/benchmarks.md); every other kind by `tokenizers` itself.
+    """
+
+    def __init__(self, text: str, end_of_text: str | None = None) -> None:
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        data = json.loads(text)
+        self.end_of_text_name = data.pop("dtt_end_of_text", None) or end_of_text
+        self._json = json.dumps(data, ensure_ascii=False)
+        self._inner = HuggingFaceTokenizer.from_str(self._json)
+        self._inner.encode_special_tokens = True
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        names = self._inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(names.values()) + 1
+        self.end_of_text = self._find_end(names)
+        unknown = data["model"].get("unk_token")
+        self.unknown: int | None = names.get(unknown) if unknown else None
+        self._fast = _tiktoken_encoding(data)
+
+    def _find_end(self, names: dict[str, int]) -> int:
+        wanted = [self.end_of_text_name] if self.end_of_text_name else list(KNOWN_ENDS)
+        for name in wanted:
+            if name in names:
+                self.end_of_text_name = name
+                return names[name]
+        raise DataError(
+            f"the tokenizer has no token {' or '.join(map(repr, wanted))} that ends a document",
+            "name one of its tokens with tokenizer.end_of_text",
+        )
+
+    def encode(self, text: str) -> Ids:
+        if self._fast is not None:
+            ids: Ids = self._fast.encode_to_numpy(text, disallowed_special=())
+            return ids
+        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        kept = [int(i) for i in ids if i < self.vocab_size]
+        text: str = self._inner.decode(kept, skip_special_tokens=True)
+        return text
+
+    def to_json(self) -> str:
+        return _dump({"dtt_end_of_text": self.end_of_text_name, **json.loads(self._json)})
+
+
+def train_bpe(
+    documents: Iterator[str], vocab_size: int, special_tokens: Sequence[str]
+) -> BpeTokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenizer; the same documents give the same file."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = HuggingFaceTokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(documents, trainer)
+    return BpeTokenizer(inner.to_str(), special_tokens[0])
+
+
+def parse_tokenizer(text: str, where: str, end_of_text: str | None = None) -> Tokenizer:
+    """Return the tokenizer that `text`, the contents of the file `where`, describes."""
+    fix = "give a Hugging Face tokenizer.json"
+    try:
+        data = json.loads(text)
+    except ValueError:
+        raise DataError(f"{where} is not a tokenizer: no valid JSON", fix) from None
+    kind = data.get("dtt") if isinstance(data, dict) else None
+    if kind == "char" and isinstance(data.get("alphabet"), str):
+        return CharTokenizer(data["alphabet"])
+    if kind == "byte":
+        return ByteTokenizer()
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        raise DataError(f"{where} is not a tokenizer: it has no `model`", fix)
+    try:
+        return BpeTokenizer(text, end_of_text)
+    except DataError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception for every malformed file
+        raise DataError(f"{where} is not a tokenizer: {error}", fix) from None
+
+
+def load_tokenizer(path: Path, end_of_text: str | None = None) -> Tokenizer:
+    """Load a tokenizer.json, or the one in the folder `path`."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not a tokenizer: not UTF-8") from None
+    return parse_tokenizer(text, str(file), end_of_text)
+
+
+def _dump(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False)
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's map from bytes to printable characters, inverted (openai/gpt-2, encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(b): b for b in printable}
+    rest = (b for b in range(256) if b not in set(printable))
+    return table | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+def _tiktoken_encoding(data: dict[str, Any]) -> Any | None:
+    """Return the same tokenizer for tiktoken, or None if it cannot express it."""
+    model, split = data["model"], data.get("pre_tokenizer") or {}
+    plain = model.get("type") == "BPE" and not any(
+        model.get(key)
+        for key in ("dropout", "byte_fallback", "fuse_unk", "continuing_subword_prefix")
+    )
+    byte_level = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+    if not plain or not byte_level or split.get("add_prefix_space") or data.get("normalizer"):
+        return None
+    to_byte, special = _bytes_of_characters(), {t["content"] for t in data["added_tokens"]}
+    names = {name: i for name, i in model["vocab"].items() if name not in special}
+    if not all(char in to_byte for name in names for char in name):
+        return None
+    ranks = {bytes(to_byte[char] for char in name): i for name, i in names.items()}
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merged = [names.get(left + right, -1) for left, right in pairs]
+    # tiktoken ranks a merge by the id of its result: ids must rise in the order of the merges.
+    if len(ranks) - len(merged) != 256 or merged != sorted(merged) or -1 in merged:
+        return None
+    import tiktoken
+
+    return tiktoken.Encoding("dtt", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})

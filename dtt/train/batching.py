@@ -1,0 +1,55 @@
+"""How a global batch is divided among ranks and forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtt.config.schema import Training
+from dtt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Division:
+    """batch_size = micro_batch_size x accumulation x ranks."""
+
+    micro_batch_size: int
+    accumulation: int
+
+
+def divide(training: Training, ranks: int) -> Division:
+    """Return how `training.batch_size` is divided; ConfigError with the arithmetic if it is not."""
+    batch, micro, forwards = (
+        training.batch_size,
+        training.micro_batch_size,
+        training.accumulation,
+    )
+    if micro is None and forwards is None:
+        forwards = 1
+    if micro is None:
+        assert forwards is not None
+        if batch % (forwards * ranks):
+            raise ConfigError(
+                f"training.batch_size ({batch}) is not divisible by accumulation ({forwards}) "
+                f"x ranks ({ranks})",
+                f"the nearest batch sizes are {_nearest(batch, forwards * ranks)}",
+            )
+        return Division(batch // (forwards * ranks), forwards)
+    if batch % (micro * ranks):
+        raise ConfigError(
+            f"training.batch_size ({batch}) is not divisible by micro_batch_size ({micro}) "
+            f"x ranks ({ranks})",
+            f"the nearest batch sizes are {_nearest(batch, micro * ranks)}",
+        )
+    derived = batch // (micro * ranks)
+    if forwards not in (None, derived):
+        raise ConfigError(
+            f"training.batch_size ({batch}) is not micro_batch_size ({micro}) x ranks ({ranks}) "
+            f"x accumulation ({forwards})",
+            f"leave out accumulation (it would be {derived}) or micro_batch_size",
+        )
+    return Division(micro, derived)
+
+
+def _nearest(batch: int, unit: int) -> str:
+    below = batch // unit * unit
+    return f"{below} and {below + unit}" if below else f"{unit}"

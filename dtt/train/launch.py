@@ -1,0 +1,181 @@
+"""Starting ranks: this process alone, the ones a launcher started, or workers of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from dtt.config.schema import Config
+from dtt.dist import find_place, leave, start
+from dtt.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_PREEMPTED,
+    DttError,
+    OtherRankError,
+    PeerError,
+)
+from dtt.train.batching import divide
+from dtt.train.loop import closing_lines, fit
+from dtt.train.picture import draw_loss
+from dtt.train.run import open_run, run_folder
+
+GRACE = 10.0
+"""Seconds that the other workers have to end by themselves when one has failed."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` returns."""
+
+    folder: Path
+    step: int
+    complete: bool
+    """False when a signal stopped the run; the same call goes on."""
+    best_loss: float | None
+
+
+def train(config: Config, *, resume: str | Path | None = None, fresh: bool = False) -> Trained:
+    """Train as this process's rank (alone, or as torchrun, Slurm or MPI placed it).
+
+    Continues the run of this name if there is one. Raises the errors of dtt.errors.
+    """
+    place = find_place(os.environ)
+    divide(config.training, place.ranks)
+    runtime = start(place, config.training.device, config.training.threads)
+    begun = time.perf_counter()
+    with open_run(config, runtime, str(resume) if resume else None, fresh) as run:
+        if run.state.step >= run.steps:
+            run.reporter.info(f"{run.folder} is already complete: {run.state.step} steps")
+        else:
+            fit(run)
+            if runtime.is_main and run.state.step >= run.steps:
+                draw_loss(run.folder, run.reporter.warning)
+            for line in closing_lines(run, time.perf_counter() - begun):
+                run.reporter.info(line)
+        trained = Trained(
+            run.folder, run.state.step, run.state.step >= run.steps, run.state.best_loss
+        )
+    runtime.close()
+    return trained
+
+
+def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -> int:
+    """Train, with as many workers as the configuration asks for, and return the exit code."""
+    place, workers = find_place(os.environ), config.parallel.world_size
+    if place.ranks == 1 and workers > 1:
+        divide(config.training, workers)
+        return _run_workers(config, workers, resume, fresh)
+    code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
+    if place.ranks > 1:
+        leave(code)
+    return code
+
+
+def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh: bool) -> int:
+    """Fork one process per rank and wait; the first that fails decides the exit code."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    # Forked workers share the imports of this process, which must not have used OpenMP or CUDA.
+    start_method = "fork" if sys.platform == "linux" else "spawn"
+    context: Any = multiprocessing.get_context(start_method)
+    processes: list[BaseProcess] = []
+    for rank in range(workers):
+        process = context.Process(target=_worker, args=(rank, workers, config, resume, fresh))
+        process.start()
+        processes.append(process)
+    with _forwarded_signals(processes):
+        failed = _wait(processes)
+    if failed is None:
+        codes = {process.exitcode for process in processes}
+        return EXIT_PREEMPTED if EXIT_PREEMPTED in codes else EXIT_DONE
+    rank, code = failed
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise PeerError(
+            f"rank {rank} of {workers} died by {name}",
+            f"the same command goes on from the last checkpoint in {run_folder(config)}",
+        )
+    return code
+
+
+def _worker(
+    rank: int, ranks: int, config: Config, resume: str | Path | None, fresh: bool
+) -> NoReturn:
+    """One rank: its own errors are printed here, since only its exit code goes to the parent."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks)
+    )
+    code = EXIT_INTERNAL
+    try:
+        code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
+    except OtherRankError as error:
+        code = error.exit_code
+    except DttError as error:
+        code = error.exit_code
+        if rank == 0 or not isinstance(error, DttError):
+            print(f"dtt train: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = EXIT_PREEMPTED
+    except Exception:
+        lost = "Connection closed by peer" in traceback.format_exc()
+        code = PeerError.exit_code if lost else EXIT_INTERNAL
+        if not lost:
+            traceback.print_exc()
+    leave(code)
+
+
+def _wait(processes: list[BaseProcess]) -> tuple[int, int] | None:
+    """Wait for all; return (rank, code) of the first that failed, having ended the others."""
+    bad: list[tuple[int, int]] = []
+    deadline = float("inf")
+    while any(process.is_alive() for process in processes):
+        wait([p.sentinel for p in processes if p.is_alive()], 0.2)
+        for rank, process in enumerate(processes):
+            code = process.exitcode
+            if code not in (None, EXIT_DONE, EXIT_PREEMPTED) and (rank, code) not in bad:
+                bad.append((rank, code or 0))
+        if bad and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+    # A rank that died by a signal is the cause; that others lost it is the consequence.
+    bad.sort(key=lambda item: (item[1] >= 0, item[1] == PeerError.exit_code))
+    return bad[0] if bad else None
+
+
+@contextlib.contextmanager
+def _forwarded_signals(processes: list[BaseProcess]) -> Iterator[None]:
+    """Pass signals on to the workers, which act on them; Ctrl-C reaches them by itself."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,94 @@
+"""A trained model from its run folder, ready to evaluate or generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from dtt.config.explain import error_lines
+from dtt.config.schema import Config
+from dtt.config.yaml_text import parse_yaml
+from dtt.dist import choose_device
+from dtt.errors import CheckpointError
+from dtt.model.decoder import Decoder
+from dtt.precision import choose_precision
+from dtt.tokenizer import Tokenizer, fingerprint, parse_tokenizer
+from dtt.train.saved import Saved, find_run, open_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A model with all that it needs to be used."""
+
+    folder: Path
+    step: int
+    config: Config
+    tokenizer: Tokenizer
+    model: Decoder
+    """In evaluation mode, parameters in the compute type."""
+
+
+def load_run(
+    path: str | Path | None = None,
+    *,
+    checkpoint: str = "best",
+    device: str = "auto",
+    precision: str = "auto",
+) -> LoadedRun:
+    """Load the model of a run folder; None: the newest run below ./runs.
+
+    `checkpoint` is "best" (lowest validation loss, or the last where none was measured), "last" or
+    a step. Raises CheckpointError if there is no such run, or it is damaged.
+    """
+    folder = find_run(Path(path) if path is not None else None)
+    saved = open_checkpoint(folder, checkpoint)
+    config = saved_config(saved)
+    tokenizer = saved_tokenizer(saved)
+    chosen = choose_device(device)
+    dtype, _ = choose_precision(precision, chosen)
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    weights = saved.tensors("model")
+    check_weights(model, weights, saved.path)
+    model.load_state_dict(weights, assign=True)
+    model.compute_in(dtype).to(device=chosen, dtype=dtype).eval()
+    return LoadedRun(folder, saved.step, config, tokenizer, model)
+
+
+def saved_config(saved: Saved) -> Config:
+    """Return the configuration that a checkpoint was trained with."""
+    where = f"{saved.path}/config.yaml"
+    text = parse_yaml(saved.files["config.yaml"].decode(), where)
+    origins = {key: f"{where}:{line}" for key, line in text.lines.items()}
+    try:
+        return Config.model_validate(text.tree)
+    except ValidationError as error:
+        raise CheckpointError(
+            "; ".join(error_lines(error, origins)),
+            f"the run was made by dtt {saved.manifest['dtt']}; use that version",
+        ) from None
+
+
+def saved_tokenizer(saved: Saved) -> Tokenizer:
+    """Return the tokenizer in a checkpoint; CheckpointError if it is not the one trained with."""
+    text = saved.files["tokenizer.json"].decode()
+    tokenizer = parse_tokenizer(text, f"{saved.path}/tokenizer.json")
+    if fingerprint(tokenizer) != saved.state["tokenizer"]:
+        raise CheckpointError(f"{saved.path}/tokenizer.json is not the run's tokenizer")
+    return tokenizer
+
+
+def check_weights(model: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise CheckpointError, naming the first difference, if weights are not of this model."""
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {name} is "
+                f"{found.get(name, 'absent')} there and {expected.get(name, 'absent')} here",
+                "use the model settings of that run",
+            )

@@ -1,0 +1,193 @@
+"""The loop: what happens in a run, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from dtt.config.schema import Config
+from dtt.errors import NumericError
+from dtt.evaluate import evaluate
+from dtt.generate import Sampling, sample_texts
+from dtt.metrics.meter import short_duration
+from dtt.optim.schedule import learning_rate
+from dtt.train.preemption import Preemption
+from dtt.train.run import Run, TrainState
+from dtt.train.step import StepResult
+
+
+@dataclass(frozen=True)
+class Due:
+    """Which of the things that happen now and then happen after a step."""
+
+    config: Config
+    steps: int
+    steps_per_epoch: float
+
+    def log(self, step: int) -> bool:
+        return step % self.config.logging.every == 0 or step in (1, self.steps)
+
+    def evaluate(self, step: int) -> bool:
+        return self._every(self.config.evaluation.every, step)
+
+    def sample(self, step: int) -> bool:
+        return bool(self.config.sample.prompts) and self._every(self.config.sample.every, step)
+
+    def checkpoint(self, step: int) -> bool:
+        epochs = self.config.checkpoint.every_epochs
+        if epochs is not None:
+            length = epochs * self.steps_per_epoch
+            if step // length > (step - 1) // length:
+                return True
+        return self._every(self.config.checkpoint.every, step)
+
+    def _every(self, interval: int, step: int) -> bool:
+        return step == self.steps or (interval > 0 and step % interval == 0)
+
+
+class Readings:
+    """Figures of steps, read when the device has them.
+
+    On an accelerator the newest step stays unread, so that the device always has work while the
+    host waits; every rank reads the same steps at the same time, so all decide alike.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._waiting: deque[tuple[int, float, StepResult]] = deque()
+        self._lag = 0 if run.runtime.device.type == "cpu" else 1
+        self.last: dict[str, float] = {}
+        self.stop = False
+        """Whether some rank was asked to stop."""
+
+    def add(self, step: int, factor: float, result: StepResult) -> None:
+        self._waiting.append((step, factor, result))
+        while len(self._waiting) > self._lag:
+            self._read()
+
+    def drain(self) -> None:
+        """Read all steps: before anything is saved or said."""
+        while self._waiting:
+            self._read()
+
+    def _read(self) -> None:
+        run = self._run
+        step, factor, result = self._waiting.popleft()
+        nats, stops = result.totals.tolist()
+        loss, norm = nats / result.tokens, float(result.grad_norm)
+        self.stop |= stops > 0
+        # With fp16 a gradient may overflow: the scaler skips that update and lowers its scale.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or run.stepper.scaler.is_enabled()):
+            raise NumericError(
+                f"step {step}: the loss is {loss} and the gradient norm {norm}",
+                "lower optimizer.lr or lengthen schedule.warmup_steps; the same command goes on "
+                "from the last checkpoint",
+            )
+        lr = run.config.optimizer.lr * factor
+        self.last = {"loss": loss, "lr": lr, "grad_norm": norm}
+        if run.metrics is not None:
+            run.metrics.write(step=step, **self.last, tokens=step * result.tokens)
+
+
+def fit(run: Run) -> TrainState:
+    """Train to run.steps, or until a signal asks to stop, and save.
+
+    What must survive a crash is in `run.state`; everything else is rebuilt from the config.
+    """
+    state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
+    batches, readings = run.loader.iter_from(state.step), Readings(run)
+    with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
+        while state.step < run.steps:
+            stop = preemption.requested is not None
+            result = run.stepper.step(next(batches), state.step, stop)
+            factor = learning_rate(run.config.schedule, state.step, run.steps)
+            readings.add(state.step + 1, factor, result)  # raises before a bad update on a CPU
+            run.stepper.update(factor)
+            state.step += 1
+            run.meter.add(result.tokens)
+            run.reporter.advance(state.step)
+            if due.log(state.step):
+                _log(run, readings)
+            best = _validate(run, readings) if due.evaluate(state.step) else None
+            if due.sample(state.step):
+                _sample(run)
+            run.checkpoints.poll()
+            if due.checkpoint(state.step) or best is not None or readings.stop:
+                readings.drain()
+                with run.pause():
+                    run.save(best)
+            if readings.stop:
+                break
+    run.checkpoints.finish()
+    return state
+
+
+def _log(run: Run, readings: Readings) -> None:
+    readings.drain()
+    if run.metrics is not None:
+        run.metrics.flush()
+    run.reporter.step(run.state.step, readings.last | run.meter.read(run.state.step))
+
+
+def _validate(run: Run, readings: Readings) -> float | None:
+    """Measure the validation loss; return it if it is the lowest so far."""
+    readings.drain()
+    settings, state = run.config.evaluation, run.state
+    with run.pause():
+        result = evaluate(
+            run.model,
+            run.corpus,
+            "val",
+            run.runtime,
+            batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
+            max_tokens=settings.max_tokens,
+        )
+    improved = state.best_loss is None or result.loss < state.best_loss
+    if improved:
+        state.best_loss = result.loss
+    run.reporter.info(f"step {state.step} validation  {result.line()}{'  best' * improved}")
+    if run.metrics is not None:
+        figures = {f"val_{key}": value for key, value in asdict(result).items()}
+        run.metrics.write(step=state.step, **figures)
+        run.metrics.flush()
+    return result.loss if improved else None
+
+
+def _sample(run: Run) -> None:
+    """Let the model write, on the main rank; the others go on and wait at the next step."""
+    if not run.runtime.is_main:
+        return
+    settings = run.config.sample
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+    with run.pause():
+        texts = sample_texts(
+            run.model,
+            run.corpus.tokenizer,
+            list(settings.prompts),
+            settings.max_length,
+            sampling,
+            seed=run.config.seed,
+        )
+    with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for prompt, text in zip(settings.prompts, texts, strict=True):
+            run.reporter.info(f"--- step {run.state.step}, sample:\n{prompt}{text}", style="cyan")
+            row = {"step": run.state.step, "prompt": prompt, "text": text}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def closing_lines(run: Run, seconds: float) -> Iterator[str]:
+    """What a person wants to know at the end, and what to do next."""
+    state = run.state
+    if state.step < run.steps:
+        yield (
+            f"stopped at step {state.step} of {run.steps}, saved; "
+            "the same command goes on from there"
+        )
+        return
+    yield f"done: {run.steps} steps in {short_duration(seconds)}; everything is in {run.folder}"
+    yield f"  dtt evaluate {run.folder}"
+    yield f'  dtt generate {run.folder} --prompt "..."'

@@ -1,0 +1,52 @@
+"""A picture of the loss, from metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dtt.metrics.loggers import read_metrics
+
+
+def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Write loss.png into a run folder and return its path; None where matplotlib is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        warn("no picture of the loss: matplotlib is missing; pip install 'dtt[plot]'")
+        return None
+    rows = read_metrics(folder / "metrics.jsonl")
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    steps, losses = [step for step, _ in train], [loss for _, loss in train]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smooth(losses), color="#1f4e79", linewidth=1.6, label="training, smoothed")
+    if val:
+        axes.plot(*zip(*val, strict=True), "o-", color="#c0504d", markersize=4, label="validation")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=folder.name)
+    if losses and min(losses) > 0 and max(losses) / min(losses) > 4:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    path = folder / "loss.png"
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """An exponential average over about a fiftieth of the run, without its start-up bias."""
+    keep = 1 - 1 / max(2.0, len(values) / 50)
+    average, weight, out = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out

@@ -1,0 +1,320 @@
+"""From a configuration to a run: the one place below the command line that sees all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtt import storage
+from dtt.config.load import json_schema, to_yaml
+from dtt.config.schema import Config
+from dtt.data.loader import Loader
+from dtt.data.order import mix
+from dtt.data.prepare import Corpus, open_corpus, prepare
+from dtt.data.progress import progress
+from dtt.dist import Runtime
+from dtt.errors import ConfigError
+from dtt.metrics.loggers import MetricsFile, Reporter
+from dtt.metrics.meter import Meter, short_count
+from dtt.model.decoder import Decoder, count_parameters
+from dtt.optim.build import build_optimizer
+from dtt.optim.schedule import warmup_steps
+from dtt.precision import choose_precision
+from dtt.tokenizer import Tokenizer, fingerprint
+from dtt.train.batching import divide
+from dtt.train.checkpoint import Checkpoints
+from dtt.train.load import check_weights, saved_config
+from dtt.train.resume import refuse_other_run
+from dtt.train.saved import Saved, open_checkpoint, read
+from dtt.train.step import Objective, Stepper
+
+DEFAULT_STEPS = 1000
+
+
+@dataclass
+class TrainState:
+    """What must survive a crash beside tensors; everything else is rebuilt from the config."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+
+
+@dataclass
+class Run:
+    """A run under way, on one rank."""
+
+    config: Config
+    folder: Path
+    runtime: Runtime
+    corpus: Corpus
+    model: Decoder
+    stepper: Stepper
+    loader: Loader
+    steps: int
+    state: TrainState
+    checkpoints: Checkpoints
+    reporter: Reporter
+    metrics: MetricsFile | None
+    meter: Meter
+
+    def save(self, best_loss: float | None = None) -> None:
+        """Save the state, on the rank that writes files."""
+        if not self.runtime.is_main:
+            return
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": self.stepper.optimizer.named_state(),
+        }
+        state = {
+            "step": self.state.step,
+            "best_loss": self.state.best_loss,
+            "tokenizer": fingerprint(self.corpus.tokenizer),
+            "scaler": self.stepper.scaler.state_dict(),
+        }
+        files = {
+            "config.yaml": to_yaml(self.config).encode(),
+            "tokenizer.json": self.corpus.tokenizer.to_json().encode(),
+        }
+        self.checkpoints.save(self.state.step, tensors, state, files, best_loss=best_loss)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside out of the tokens per second."""
+        start = time.perf_counter()
+        yield
+        self.meter.paused(time.perf_counter() - start)
+
+
+def run_folder(config: Config) -> Path:
+    """Return the folder of the run that this configuration names."""
+    assert config.name is not None, "the name is resolved when a configuration is loaded"
+    return config.dir / config.name
+
+
+@contextmanager
+def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) -> Iterator[Run]:
+    """Build the run, or take it up where it was; on leaving, close files and locks.
+
+    `resume` names another run's checkpoint to start from; it holds only until this run has a
+    checkpoint of its own, so that the same command continues it. `fresh` removes the old run.
+    """
+    folder = run_folder(config)
+    reporter = Reporter(None, config.logging.level)
+    if not runtime.is_main:
+        yield _build(config, runtime, folder, reporter, resume)
+        return
+    divide(config.training, runtime.ranks)  # refuse before anything is touched
+    if fresh and folder.exists():
+        with storage.RunLock(folder):
+            shutil.rmtree(folder)
+    with storage.RunLock(folder):
+        reporter = Reporter(folder, config.logging.level)
+        run = None
+        try:
+            run = _build(config, runtime, folder, reporter, resume)
+            yield run
+        finally:
+            if run is not None and run.metrics is not None:
+                run.metrics.close()
+            reporter.close()
+
+
+def _build(
+    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, resume: str | None
+) -> Run:
+    training, division = config.training, divide(config.training, runtime.ranks)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=config.checkpoint.keep,
+        background=config.checkpoint.background,
+        warn=reporter.warning,
+    )
+    corpus = _share_corpus(config, runtime, reporter)
+    config = _resolve_vocabulary(config, corpus.tokenizer)
+    saved = _share_checkpoint(config, runtime, corpus, checkpoints, resume, reporter)
+    loader = Loader(
+        corpus.stream("train"),
+        config.model.context,
+        training.batch_size,
+        config.seed,
+        runtime.rank,
+        runtime.ranks,
+    )
+    steps = _steps(config, loader)
+    warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
+    dtype, why = choose_precision(training.precision, runtime.device)
+    model = _model(config, runtime, dtype)
+    stepper = Stepper(
+        objective=_wrap(model, config, runtime),
+        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
+        runtime=runtime,
+        division=division,
+        seed=config.seed,
+        grad_clip=training.grad_clip,
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16),
+    )
+    state = _restore(saved, model, stepper)
+    metrics = None
+    if runtime.is_main:
+        _write_run_files(config, corpus.tokenizer, folder)
+        metrics = MetricsFile(folder / "metrics.jsonl", state.step)
+        reporter.total(steps)
+        _announce(config, reporter, runtime, model, corpus, loader, steps, f"{dtype} ({why})")
+    return Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        corpus=corpus,
+        model=model,
+        stepper=stepper,
+        loader=loader,
+        steps=steps,
+        state=state,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        metrics=metrics,
+        meter=Meter(steps),
+    )
+
+
+def _share_corpus(config: Config, runtime: Runtime, reporter: Reporter) -> Corpus:
+    """Prepare the corpus on the main rank, and open it on the others."""
+
+    def make() -> Corpus:
+        with progress() as advance:
+            return prepare(config.data, config.tokenizer, report=reporter.warning, advance=advance)
+
+    if runtime.ranks == 1:
+        return make()
+    folder = runtime.on_main(lambda: str(make().folder))
+    return open_corpus(Path(folder))
+
+
+def _resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    asked = config.model.vocab_size
+    if asked is not None and asked < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({asked}) is smaller than the tokenizer's ({tokenizer.vocab_size})",
+            "leave it out, or make it larger",
+        )
+    model = config.model.model_copy(update={"vocab_size": asked or tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def _share_checkpoint(
+    config: Config,
+    runtime: Runtime,
+    corpus: Corpus,
+    checkpoints: Checkpoints,
+    resume: str | None,
+    reporter: Reporter,
+) -> Saved | None:
+    """Choose the checkpoint to continue from on the main rank, and open it on all."""
+    chosen: list[Saved] = []
+
+    def choose() -> str | None:
+        saved = checkpoints.newest()
+        if saved is None and resume is not None:
+            saved = open_checkpoint(Path(resume), "last")
+            reporter.info(f"starting from {saved.path}")
+        elif saved is not None:
+            reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
+        if saved is None:
+            return None
+        refuse_other_run(config, saved, saved_config(saved), corpus.tokenizer, reporter.info)
+        chosen.append(saved)
+        return str(saved.path)
+
+    path = runtime.on_main(choose)
+    if path is None:
+        return None
+    return chosen[0] if chosen else read(Path(path))
+
+
+def _steps(config: Config, loader: Loader) -> int:
+    limits = [config.training.max_steps] if config.training.max_steps else []
+    if config.training.epochs is not None:
+        limits.append(max(1, round(config.training.epochs * loader.steps_per_epoch)))
+    return min(limits, default=DEFAULT_STEPS)
+
+
+def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
+    """The initial weights depend on the seed alone: they are drawn on the CPU."""
+    model = Decoder(config.model)
+    model.init_weights(torch.Generator().manual_seed(mix(config.seed, 0) >> 1))
+    model.compute_in(dtype)
+    model.recompute_blocks = config.training.gradient_checkpointing
+    return model.to(runtime.device)
+
+
+def _wrap(model: Decoder, config: Config, runtime: Runtime) -> nn.Module:
+    """Compile, then replicate: the order of docs/training.md."""
+    if config.training.compile:
+        for block in model.blocks:
+            block.compile()
+    objective: nn.Module = Objective(model)
+    if runtime.ranks > 1:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    return objective.train()
+
+
+def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainState:
+    if saved is None:
+        return TrainState()
+    weights = saved.tensors("model")
+    check_weights(model, weights, saved.path)
+    model.load_state_dict(weights)
+    stepper.optimizer.load_named_state(saved.tensors("optimizer"))
+    if saved.state["scaler"]:
+        stepper.scaler.load_state_dict(saved.state["scaler"])
+    return TrainState(saved.state["step"], saved.state["best_loss"])
+
+
+def _write_run_files(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
+    files = {
+        "config.yaml": to_yaml(config),
+        "config.schema.json": json.dumps(json_schema(), indent=2),
+        "tokenizer.json": tokenizer.to_json(),
+    }
+    for name, text in files.items():
+        storage.write_atomic(folder / name, text)
+
+
+def _announce(
+    config: Config,
+    reporter: Reporter,
+    runtime: Runtime,
+    model: Decoder,
+    corpus: Corpus,
+    loader: Loader,
+    steps: int,
+    precision: str,
+) -> None:
+    m, d, t = config.model, corpus.manifest, config.training
+    rows: dict[str, Any] = {
+        "run": f"{run_folder(config)}  (seed {config.seed})",
+        "data": f"{corpus.folder}: {short_count(d.total('train', 'tokens'))} training tokens, "
+        f"{short_count(d.total('val', 'tokens'))} validation tokens, vocabulary {d.vocab_size}",
+        "model": f"{short_count(count_parameters(model))} parameters: {m.layers} layers x {m.dim}, "
+        f"{m.heads} heads, context {m.context}",
+        "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
+        f"{divide(t, runtime.ranks).micro_batch_size} x "
+        f"{divide(t, runtime.ranks).accumulation} forwards x {runtime.ranks} ranks",
+        "device": f"{runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
+        "length": f"{steps} steps, {steps / loader.steps_per_epoch:.2f} epochs; "
+        f"{config.optimizer.name}, {config.schedule.name} to {config.optimizer.lr:g}",
+    }
+    for key, value in rows.items():
+        reporter.info(f"{key:>7}  {value}".replace("torch.", ""))

@@ -1,0 +1,313 @@
+"""Reading checkpoints: find a run, choose a checkpoint in it, and prove it whole before use.
+
+RUN/checkpoints/step-00000400/ holds one safetensors file per tensor group, state.json,
+further files (config.yaml, the tokenizer) and manifest.json, which has size and SHA-256 of each.
+Nothing here can execute code: safetensors and JSON only. The files `last` and `best` beside the
+folders are for people; the folders themselves are the truth, so a wrong pointer cannot mislead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dtt.errors import CheckpointError, DttError
+from dtt.storage import sha256, storage_errors
+from dtt.train.snapshot import digest
+from dtt.version import __version__
+
+FORMAT = 1
+"""Version of the folder's layout; a reader refuses every other."""
+MANIFEST = "manifest.json"
+STATE = "state.json"
+STEP = re.compile(r"step-(\d{8,})(\.old)?")
+"""A committed checkpoint; `.old` is one that is being replaced by another of the same step."""
+LARGEST_JSON = 64 << 20
+PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was whole when it was opened, and stays readable if it is deleted."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    """The contents of state.json."""
+    files: dict[str, bytes]
+    """The further files by name, as given to `Checkpoints.save`."""
+    manifest: dict[str, Any]
+    _open: dict[str, Any]
+
+    def tensors(self, group: str, device: str = "cpu") -> dict[str, Tensor]:
+        """Return one group's tensors by name; tied names share one tensor.
+
+        On the CPU they are views of one private mapping: changing them leaves the file alone, but
+        a later call for the same group sees the change, and refuses it.
+        Raises CheckpointError if there is no such group, or its values are not those saved.
+        """
+        if group not in self._open:
+            has = ", ".join(sorted(self._open))
+            raise CheckpointError(f"checkpoint {self.path} has no tensors {group!r}", f"has {has}")
+        entry, file = self.manifest["tensors"][group], self._open[group]
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors |= {alias: tensors[name] for alias, name in entry["tied"].items()}
+        if digest(tensors) != entry["digest"]:
+            raise _damaged(self.path, entry["file"], "its values are not those that were saved")
+        if device == "cpu":
+            return tensors
+        moved = {id(tensor): tensor.to(device) for tensor in tensors.values()}
+        return {name: moved[id(tensor)] for name, tensor in tensors.items()}
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """Return the one valid text of a manifest: all of it, then the SHA-256 of that as its seal."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    whole = hashlib.sha256(json.dumps(rest, allow_nan=False).encode()).hexdigest()
+    return (json.dumps({**rest, "seal": whole}, indent=2) + "\n").encode()
+
+
+def scan(folder: Path) -> list[Path]:
+    """Return the committed checkpoints in a `checkpoints` folder, newest step first, unverified."""
+    if not folder.is_dir():
+        return []
+    with storage_errors(folder, "read"):
+        names = {path.name: path for path in folder.iterdir() if not path.is_symlink()}
+    found = [(match, names[name]) for name in names if (match := STEP.fullmatch(name))]
+    # Of two with the same step, the one that replaces the other comes first.
+    found.sort(key=lambda item: (-int(item[0][1]), item[0][2] is not None))
+    return [path for _, path in found if path.is_dir()]
+
+
+def read(path: Path) -> Saved:
+    """Open the checkpoint folder `path`; every byte in it has been hashed when this returns.
+
+    Raises CheckpointError if anything is missing, damaged, foreign or of another format version.
+    """
+    manifest = read_manifest(path)
+    try:
+        contents, opened = _contents(path, manifest)
+        state = json.loads(contents.pop(STATE))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise _damaged(path, MANIFEST, "does not describe a checkpoint") from error
+    return Saved(path, manifest["step"], state, contents, manifest, opened)
+
+
+def _contents(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the small files' bytes by name and the open tensor files by group, all verified."""
+    contents: dict[str, bytes] = {}
+    opened: dict[str, Any] = {}
+    groups = {entry["file"]: group for group, entry in manifest["tensors"].items()}
+    for name, entry in manifest["files"].items():
+        file = _member(path, name)
+        if file.stat().st_size != entry["size"]:
+            size = f"{file.stat().st_size} bytes instead of {entry['size']}"
+            raise _damaged(path, name, size)
+        try:
+            if name in groups:  # opened before it is hashed, so that it cannot be swapped
+                opened[groups[name]] = safe_open(file, framework="pt")
+                found = sha256(file)
+            else:
+                contents[name] = file.read_bytes()
+                found = hashlib.sha256(contents[name]).hexdigest()
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, name, str(error)) from error
+        if found != entry["sha256"]:
+            raise _damaged(path, name, "its SHA-256 is not the manifest's")
+    return contents, opened
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a checkpoint folder's manifest, itself intact and of this folder."""
+    file = _member(path, MANIFEST)
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError("too large")
+        data = file.read_bytes()
+        manifest: dict[str, Any] = json.loads(data)
+        version = manifest["format"]
+        intact = seal(manifest) == data
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, MANIFEST, "not a manifest") from error
+    if version != FORMAT:
+        writer = manifest.get("dtt", "unknown")
+        raise CheckpointError(
+            f"checkpoint {path} has format version {version!r}, written by dtt {writer}; "
+            f"this is dtt {__version__}, which reads version {FORMAT}",
+            f"use dtt {writer} for it",
+        )
+    if not intact:
+        raise _damaged(path, MANIFEST, "its seal is not that of its text")
+    match = STEP.fullmatch(path.name)
+    if match and int(match[1]) != manifest["step"]:
+        raise _damaged(path, MANIFEST, f"belongs to step {manifest['step']}")
+    return manifest
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Saved | None:
+    """Return the newest whole checkpoint in `folder`, with a warning for each newer damaged one.
+
+    None if there is no checkpoint. Raises CheckpointError if there are some and none is whole:
+    starting over is the user's decision.
+    """
+    problem: DttError | None = None
+    for path in scan(folder):
+        try:
+            saved = read(path)
+        except DttError as error:
+            problem = error
+            warn(f"{error.what}; falling back to the checkpoint before it")
+            continue
+        return saved
+    if problem is None:
+        return None
+    raise CheckpointError(
+        f"no checkpoint in {folder} is whole ({problem.what})", "restore one, or use --fresh"
+    )
+
+
+def open_checkpoint(path: Path, which: str = "best") -> Saved:
+    """Open one checkpoint by name: `path` is a run (then `which` chooses) or a checkpoint folder.
+
+    `which` is "last", a step, or "best": the lowest validation loss, or the last where none was
+    measured. Nothing is substituted: what was asked for is whole, or it is a CheckpointError.
+    """
+    if _is_checkpoint(path):
+        return read(path)
+    folder = find_run(path) / "checkpoints"
+    for _ in range(20):  # a run that is writing may remove or replace what was just chosen
+        before = _listing(folder)
+        try:
+            return read(_choose(folder, which))
+        except CheckpointError:
+            if _listing(folder) == before:
+                raise
+    raise CheckpointError(f"the checkpoints in {folder} change too fast to be read", "try again")
+
+
+def _listing(folder: Path) -> list[tuple[str, int]]:
+    if not folder.is_dir():
+        return []
+    with storage_errors(folder, "read"), os.scandir(folder) as entries:
+        # Not by name alone: a checkpoint may be replaced by another of the same step.
+        return sorted((entry.name, entry.inode()) for entry in entries)
+
+
+def _choose(folder: Path, which: str) -> Path:
+    found = scan(folder)
+    if not found:
+        raise CheckpointError(f"{folder.parent} has no checkpoint yet", "train it first")
+    if which == "last":
+        return found[0]
+    if which == "best":
+        losses = {path: best_loss(path) for path in found}
+        measured = {path: loss for path, loss in losses.items() if loss is not None}
+        return min(measured, key=lambda path: measured[path]) if measured else found[0]
+    steps = {path.name.removesuffix(".old")[5:].lstrip("0") or "0": path for path in found[::-1]}
+    wanted = which.removeprefix("step-").lstrip("0") or "0"
+    if wanted not in steps:
+        has = ", ".join(steps)
+        raise CheckpointError(
+            f"{folder} has no checkpoint {which!r}", f"best, last or one of {has}"
+        )
+    return steps[wanted]
+
+
+def best_loss(path: Path) -> float | None:
+    """Return the validation loss of a checkpoint saved as the best so far, None for any other."""
+    loss = read_manifest(path)["best_loss"]
+    return None if loss is None else float(loss)
+
+
+def find_run(path: Path | None) -> Path:
+    """Return the run folder that `path` is or is inside of; None: the newest run in ./runs.
+
+    Raises CheckpointError, which says what is there instead.
+    """
+    if path is None:
+        found = [child for child in _children(Path("runs")) if _is_run(child)]
+        if not found:
+            raise CheckpointError("there is no run in ./runs", "name a run folder, or train one")
+        return max(found, key=_touched)
+    if path.is_file():
+        raise _not_a_folder(path)
+    if not path.exists():
+        elsewhere = Path("runs") / path
+        hint = f"did you mean {elsewhere}?" if _is_run(elsewhere) else _runs_in(path.parent)
+        raise CheckpointError(f"{path} does not exist", hint)
+    for folder in (path, *path.absolute().parents[:2]):
+        if _is_run(folder):
+            return folder
+    raise CheckpointError(f"{path} is not a run (no config.yaml, no checkpoints)", _runs_in(path))
+
+
+def _is_run(folder: Path) -> bool:
+    if _is_checkpoint(folder):  # it has a config.yaml of its own
+        return False
+    return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    named = STEP.fullmatch(folder.name) is not None and folder.is_dir()
+    return named or (folder / MANIFEST).is_file()  # a copy may have any name
+
+
+def _children(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    with storage_errors(folder, "read"):
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _touched(run: Path) -> float:
+    parts = (run, run / "config.yaml", run / "checkpoints", run / "metrics.jsonl")
+    return max(path.stat().st_mtime for path in parts if path.exists())
+
+
+def _runs_in(folder: Path) -> str:
+    runs = [str(path) for path in _children(folder) if _is_run(path)]
+    return f"runs there: {', '.join(runs[:8])}" if runs else "name the folder that training wrote"
+
+
+def _not_a_folder(path: Path) -> CheckpointError:
+    with storage_errors(path, "read"), path.open("rb") as file:
+        start = file.read(2)
+    if path.suffix in PICKLES or start in (
+        b"PK",
+        b"\x80\x02",
+        b"\x80\x03",
+        b"\x80\x04",
+        b"\x80\x05",
+    ):
+        what = f"{path} is a pickle, which can run code when it is opened; dtt never opens one"
+        return CheckpointError(what, "name the folder of a run")
+    return CheckpointError(f"{path} is a file, not a run folder", "name the folder of a run")
+
+
+def _member(folder: Path, name: str) -> Path:
+    """Return the regular file `name` inside `folder`, links and ways out refused."""
+    file = folder / name
+    try:
+        if file.resolve() != folder.resolve() / name:
+            raise _damaged(folder, name, "leads out of the checkpoint")
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise _damaged(folder, name, "not a regular file")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _damaged(folder, name, "missing") from error
+    return file
+
+
+def _damaged(folder: Path, name: str, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {folder} is damaged: {name}: {how}", "choose another checkpoint of the run"
+    )

@@ -1,0 +1,168 @@
+"""Tensors on their way to disk: one deep copy in reused buffers, streamed to a safetensors file.
+
+The format is safetensors' (8 bytes of header length, a JSON header, the raw buffers); the writer
+is ours so that a large state is hashed and written in one pass, without a second copy of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtt.errors import CheckpointError
+from dtt.storage import Written, write_stream
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What a checkpoint holds, and the name of it in a safetensors header."""
+
+INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one file: each storage once in `tensors`, its further names in `tied`."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+
+
+def untie(tensors: Mapping[str, Tensor]) -> Group:
+    """Find the names that are one tensor (tied weights), so that it is stored once.
+
+    Raises CheckpointError for a tensor that safetensors cannot hold (sparse, meta, complex).
+    """
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            what = f"tensor {name} cannot be saved: {tensor.dtype}, {tensor.layout}, "
+            raise CheckpointError(f"{what}on {tensor.device}", "keep it out of the state")
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = seen.setdefault(place, name) if tensor.numel() else name
+        if first == name:
+            kept[name] = tensor.detach()
+        else:
+            tied[name] = first
+    return Group(kept, tied)
+
+
+class Staging:
+    """CPU buffers for a copy of the state, kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def reserve(self, groups: Mapping[str, Group]) -> None:
+        """Allocate the buffers for `groups` and touch each page, which costs more than a copy."""
+        for group, content in groups.items():
+            for name, tensor in content.tensors.items():
+                buffer = self._buffers[group, name] = _buffer(tensor)
+                buffer.reshape(-1).view(torch.uint8).numpy()[::4096] = 0
+
+    def copy(self, groups: Mapping[str, Group]) -> dict[str, Group]:
+        """Return a deep copy of the groups, complete when this returns; it aliases nothing live.
+
+        The copy is valid until the next call. Tensors of a GPU go through pinned memory.
+        """
+        old, self._buffers = self._buffers, {}
+        copies: dict[str, Group] = {}
+        devices = set()
+        for group, content in groups.items():
+            tensors = {}
+            for name, tensor in content.tensors.items():
+                buffer = old.get((group, name))
+                if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                    buffer = _buffer(tensor)
+                buffer.copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    devices.add(tensor.device)
+                tensors[name] = self._buffers[group, name] = buffer
+            copies[group] = Group(tensors, content.tied)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return copies
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def write_tensors(path: Path, group: Group) -> tuple[Written, str]:
+    """Write a safetensors file, synced; return what was written and `digest` of the tensors.
+
+    One tensor at a time is brought to contiguous CPU memory if it is not there already.
+    """
+    # safetensors' own order: widest type first, so that every buffer is aligned.
+    order = sorted(group.tensors, key=lambda name: (-group.tensors[name].itemsize, name))
+    sums: dict[str, int] = {}
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield _header(group, order)
+        for name in order:
+            tensor = group.tensors[name].cpu().contiguous().reshape(-1)
+            sums[name] = _bit_sum(tensor)
+            yield tensor.view(torch.uint8).numpy().data
+
+    written = write_stream(path, chunks())
+    rows = {name: _row(tensor, sums[name]) for name, tensor in group.tensors.items()}
+    rows |= {alias: rows[name] for alias, name in group.tied.items()}
+    return written, _digest(rows)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of names, types, shapes and every bit of the values; cheap (GB/s).
+
+    Values enter as the sum of their bits read as integers, so the parts of a sharded tensor add
+    up to the digest of the whole. It finds damage, not forgery: that is what SHA-256 is for.
+    """
+    return _digest({n: _row(t, _bit_sum(t.detach().cpu())) for n, t in tensors.items()})
+
+
+def _digest(rows: dict[str, list[object]]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _row(tensor: Tensor, bits: int) -> list[object]:
+    return [DTYPES[tensor.dtype], list(tensor.shape), bits]
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    # NumPy and not torch: a parallel reduction here would take threads from the training step.
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return int(flat.view(INTEGERS[tensor.itemsize]).sum(dtype=np.int64))
+
+
+def _header(group: Group, order: list[str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = group.tensors[name]
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,102 @@
+"""One optimizer step: forwards, backwards, clipping, update."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtt.data.loader import IGNORED, Batch
+from dtt.data.order import mix
+from dtt.dist import Runtime
+from dtt.model.decoder import Decoder
+from dtt.model.loss import sum_cross_entropy
+from dtt.optim.build import Optimizers, clip_gradients
+from dtt.train.batching import Division
+
+
+class Objective(nn.Module):
+    """The summed loss of a micro-batch: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.hidden(tokens).flatten(0, 1)
+        return sum_cross_entropy(hidden, self.model.head_weight, targets.flatten(), IGNORED)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """On the device, summed over ranks: nothing here makes the host wait."""
+
+    totals: Tensor
+    """[loss in nats, ranks that want to stop], fp64 where the device has it."""
+    grad_norm: Tensor
+    """Before clipping, 0-dim."""
+    tokens: int
+    """Target tokens of the step over all ranks."""
+
+
+@dataclass
+class Stepper:
+    """What a step needs beside the batch; `scaler` only with fp16."""
+
+    objective: nn.Module
+    optimizer: Optimizers
+    runtime: Runtime
+    division: Division
+    seed: int
+    grad_clip: float | None
+    scaler: torch.amp.GradScaler
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.objective.parameters())
+        # GradScaler asks for param_groups and step only, which Optimizers has.
+        self._torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
+
+    def step(self, batch: Batch, step: int, stop: bool) -> StepResult:
+        """Train on this rank's share of step `step` (0-based); the update is applied.
+
+        The gradient is that of (sum of losses) / (all target tokens of the step), however the
+        batch is divided.
+        """
+        device, micro = self.runtime.device, self.division.micro_batch_size
+        tokens = batch.tokens.to(device, non_blocking=True)
+        targets = batch.targets.to(device, non_blocking=True)
+        count = targets.numel() * self.runtime.ranks
+        # Backward averages over ranks (DDP), so each rank's share is scaled up by their number.
+        scale = self.runtime.ranks / count
+        loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32)
+        loss = loss.to(device)
+        for index in range(self.division.accumulation):
+            rows = slice(index * micro, (index + 1) * micro)
+            # Dropout is a function of the step and the place in it, so resuming needs no state.
+            place = self.runtime.rank * self.division.accumulation + index
+            torch.manual_seed(mix(self.seed, 3, step, place) >> 1)
+            with self._sync_only_last(index):
+                part = self.objective(tokens[rows], targets[rows])
+                self.scaler.scale(part * scale).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self._torch_optimizer)
+        norm = clip_gradients(self.parameters, self.grad_clip)
+        totals = self.runtime.sum(torch.stack([loss, torch.full_like(loss, float(stop))]))
+        return StepResult(totals, norm, count)
+
+    def update(self, factor: float) -> None:
+        """Apply the gradients with the peak learning rate times `factor`."""
+        self.optimizer.set_lr(factor)
+        self.scaler.step(self._torch_optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def _sync_only_last(self, index: int) -> AbstractContextManager[None]:
+        last = index == self.division.accumulation - 1
+        if isinstance(self.objective, DistributedDataParallel) and not last:
+            return self.objective.no_sync()
+        return nullcontext()
