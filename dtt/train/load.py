@@ -41,10 +41,11 @@ def load_run(
     """Load the model of a run folder; None: the newest run below ./runs.
 
     `checkpoint` is "best" (lowest validation loss, or the last where none was measured), "last" or
-    a step. Raises CheckpointError if there is no such run, or it is damaged.
+    a step; `path` may also be one checkpoint's folder. Raises CheckpointError if there is no such
+    run, or it is damaged.
     """
     folder = find_run(Path(path) if path is not None else None)
-    saved = open_checkpoint(folder, checkpoint)
+    saved = open_checkpoint(Path(path) if path is not None else folder, checkpoint)
     config = saved_config(saved)
     tokenizer = saved_tokenizer(saved)
     chosen = choose_device(device)

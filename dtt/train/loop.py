@@ -100,6 +100,7 @@ def fit(run: Run) -> TrainState:
     """
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
+    first = state.step + 1
     with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
         while state.step < run.steps:
             stop = preemption.requested is not None
@@ -109,6 +110,8 @@ def fit(run: Run) -> TrainState:
             run.stepper.update(factor)
             state.step += 1
             run.meter.add(result.tokens)
+            if state.step == first:
+                run.reserve()  # the optimizer has its state from now on
             run.reporter.advance(state.step)
             if due.log(state.step):
                 _log(run, readings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtt import storage
@@ -73,10 +72,6 @@ class Run:
         """Save the state, on the rank that writes files."""
         if not self.runtime.is_main:
             return
-        tensors = {
-            "model": self.model.state_dict(),
-            "optimizer": self.stepper.optimizer.named_state(),
-        }
         state = {
             "step": self.state.step,
             "best_loss": self.state.best_loss,
@@ -87,7 +82,18 @@ class Run:
             "config.yaml": to_yaml(self.config).encode(),
             "tokenizer.json": self.corpus.tokenizer.to_json().encode(),
         }
-        self.checkpoints.save(self.state.step, tensors, state, files, best_loss=best_loss)
+        self.checkpoints.save(self.state.step, self._tensors(), state, files, best_loss=best_loss)
+
+    def reserve(self) -> None:
+        """Get the memory for saving ready in the background; call it after the first step."""
+        if self.runtime.is_main:
+            self.checkpoints.reserve(self._tensors())
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.stepper.optimizer.named_state(),
+        }
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -116,10 +122,11 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
         yield _build(config, runtime, folder, reporter, resume)
         return
     divide(config.training, runtime.ranks)  # refuse before anything is touched
-    if fresh and folder.exists():
-        with storage.RunLock(folder):
-            shutil.rmtree(folder)
-    with storage.RunLock(folder):
+    with storage.RunLock(folder) as lock:
+        if fresh:
+            for old in folder.iterdir():
+                if old != lock.path:
+                    storage.remove(old)
         reporter = Reporter(folder, config.logging.level)
         run = None
         try:
