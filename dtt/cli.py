@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 
-from dtt.errors import EXIT_INTERNAL, ConfigError, DttError, StorageError
+from dtt.errors import EXIT_INTERNAL, ConfigError, DttError, OtherRankError, StorageError
 from dtt.version import __version__
 
 # name: (summary, module with `run(argv) -> exit code`)
@@ -105,6 +105,8 @@ def _help() -> str:
 def _report(prog: str, error: Exception) -> int:
     """Print what went wrong, a line each, and return the exit code of it."""
     known = _explained(error)
+    if isinstance(known, OtherRankError):
+        return known.exit_code
     if known is not None:
         for line in str(known).splitlines():
             print(f"{prog}: error: {line}", file=sys.stderr)

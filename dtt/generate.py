@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import secrets
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtt import storage
+from dtt.data.progress import Advance, progress
 from dtt.errors import EXIT_DONE
 from dtt.model.attention import Cache
 from dtt.model.decoder import Decoder
@@ -28,24 +32,35 @@ class Sampling:
     top_p: float | None = None
 
 
+GREEDY_BELOW = 1e-6
+"""Temperatures from here down mean the likeliest token: dividing by them would overflow."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+BOLD, DIM = "\x1b[1m", "\x1b[2m"
+CONTROLS = {code: REPLACEMENT for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+"""What would move the cursor or change a terminal, all but tab and new line."""
+
+
 def next_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """Choose one token per row of logits [B, V], by inverting the distribution at `uniform` [B].
 
     top_k keeps the k likeliest; top_p then the smallest set of the likeliest that together have at
     least that probability (Holtzman et al. 2019). Each row depends on its own number only.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    # All of the probability is not a sum to compare with: rounding would drop the rarest tokens.
+    top_p = None if sampling.top_p == 1 else sampling.top_p
     order = None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, order = logits.topk(sampling.top_k)
-    elif sampling.top_p is not None:
+    elif top_p is not None:
         logits, order = logits.sort(descending=True)
     weights = torch.softmax(logits, -1).double()
-    if sampling.top_p is not None:
+    if top_p is not None:
         # A token stays if those before it do not yet have the probability.
-        weights = weights * (weights.cumsum(-1) - weights < sampling.top_p)
+        weights = weights * (weights.cumsum(-1) - weights < top_p)
     totals = weights.cumsum(-1)
     chosen = torch.searchsorted(totals, uniform[:, None] * totals[:, -1:], right=True)
     chosen = chosen.clamp(max=totals.shape[-1] - 1)
@@ -61,40 +76,47 @@ def stream_tokens(
     *,
     seed: int,
     end: int,
+    vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, `count` times or until all have met `end`.
 
-    None stands for a row that has ended. Row i draws from its own stream of (seed + i), so its text
-    does not depend on the other rows. When the context is full, the newest half of it is read
-    again, and generation goes on.
+    Prompts have at least one token; tokens from `vocab_size` on are never chosen. None stands for a
+    row that has ended. Row i draws from its own stream of (seed + i), so its text does not depend
+    on the other rows. When a row fills the context, the newest half of it is read again, and
+    generation goes on.
     """
     device, limit = model.embed.weight.device, model.settings.context
-    rows = [list(prompt)[-(limit - 1) :] if limit > 1 else list(prompt)[-1:] for prompt in prompts]
+    rows = [list(prompt)[-limit:] for prompt in prompts]
     draws = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
     ended = [False] * len(rows)
     cache: Cache | None = None
-    fed = _padded(rows, device)
-    for _ in range(count):
-        if cache is None or cache.length + 1 > limit:
-            if cache is not None:
-                rows = [row[-max(1, limit // 2) :] for row in rows]
-                fed = _padded(rows, device)
-            longest = max(len(row) for row in rows)
+    for step in range(count):
+        if cache is None or cache.length == limit:
+            # Each row by its own length, so that neighbours do not matter; an ended one is idle.
+            rows = [
+                _window(row[-1:] if e else row, limit) for row, e in zip(rows, ended, strict=True)
+            ]
+            fed = _padded(rows, device)
+            longest = fed.shape[1]
             padding = torch.tensor([longest - len(row) for row in rows], device=device)
-            cache = Cache(model.settings, len(rows), limit, padding, model.compute_dtype)
-        logits = model.next_logits(fed, cache)
-        uniform = torch.tensor([float(torch.rand((), generator=g)) for g in draws])
-        chosen = next_tokens(logits, sampling, uniform.to(device).double())
-        tokens = chosen.tolist()
-        yield_row: list[int | None] = []
-        for i, token in enumerate(tokens):
+            capacity = min(limit, longest + count - step)
+            cache = Cache(model.settings, len(rows), capacity, padding, model.compute_dtype)
+        logits = model.next_logits(fed, cache)[:, :vocab_size]
+        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
+        chosen = next_tokens(logits, sampling, uniform.to(device))
+        tokens: list[int | None] = []
+        for i, token in enumerate(chosen.tolist()):
             ended[i] = ended[i] or token == end
             rows[i].append(token)
-            yield_row.append(None if ended[i] else token)
+            tokens.append(None if ended[i] else token)
         if all(ended):
             return
-        yield yield_row
+        yield tokens
         fed = chosen[:, None]
+
+
+def _window(row: list[int], limit: int) -> list[int]:
+    return row if len(row) <= limit else row[-max(1, limit // 2) :]
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
@@ -115,15 +137,24 @@ def sample_texts(
     sampling: Sampling,
     *,
     seed: int,
+    advance: Advance = lambda phase, done, total: None,
 ) -> list[str]:
     """Return a continuation of each prompt, of at most `count` tokens, without the prompt."""
     was_training = model.training
     model.eval()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream_tokens(
-        model, encoded, count, sampling, seed=seed, end=tokenizer.end_of_text
-    ):
+    stream = stream_tokens(
+        model,
+        encoded,
+        count,
+        sampling,
+        seed=seed,
+        end=tokenizer.end_of_text,
+        vocab_size=tokenizer.vocab_size,
+    )
+    for done, tokens in enumerate(stream, 1):
+        advance("writing", done, count)
         for row, token in zip(written, tokens, strict=True):
             if token is not None:
                 row.append(token)
@@ -150,7 +181,14 @@ def generate(
 
 
 class TextStream:
-    """Decodes a growing list of tokens, holding back characters that are not complete yet."""
+    """Decodes a growing list of tokens, holding back characters that are not complete yet.
+
+    Also right where decoding depends on the tokens before (a leading space that is dropped, bytes
+    that are a character only together): the text so far is decoded anew with each token, from a
+    point that is known to make no difference.
+    """
+
+    RESTART_AFTER, KEPT = 64, 8
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -160,20 +198,21 @@ class TextStream:
     def add(self, token: int) -> str:
         """Return the text that this token completes."""
         self._ids.append(token)
-        return self._take(hold=True)
+        text = self._tokenizer.decode(self._ids)
+        new = self._take(text.rstrip(REPLACEMENT))
+        if len(self._ids) >= self.RESTART_AFTER:
+            tail = self._tokenizer.decode(self._ids[-self.KEPT :])
+            if self._shown == len(text) and text.endswith(tail) and REPLACEMENT not in tail:
+                self._ids, self._shown = self._ids[-self.KEPT :], len(tail)
+        return new
 
     def rest(self) -> str:
         """Return what is still held back."""
-        return self._take(hold=False)
+        return self._take(self._tokenizer.decode(self._ids))
 
-    def _take(self, hold: bool) -> str:
-        text = self._tokenizer.decode(self._ids)
-        if hold and text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        new, self._shown = text[self._shown :], len(text)
-        # The next tokens do not change how finished lines decode.
-        if new.endswith("\n"):
-            self._ids, self._shown = [], 0
+    def _take(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown += len(new)
         return new
 
 
@@ -197,48 +236,115 @@ def generate_command(
     loaded = load_run(run, checkpoint=checkpoint, device=device, precision=precision)
     sampling = Sampling(temperature, top_k, top_p)
     seed = secrets.randbits(32) if seed is None else seed
+    # What a terminal's encoding lacks must not end the text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if interactive:
-        for prompt in _asked():
-            _stream(loaded, prompt, max_length, sampling, seed)
-            seed += 1
+        _converse(loaded, max_length, sampling, seed, num_samples)
         return EXIT_DONE
+    warn_unknown(loaded.tokenizer, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num_samples)]
-    if len(wanted) == 1 and output is None:
-        _stream(loaded, wanted[0], max_length, sampling, seed)
-        return EXIT_DONE
-    texts = sample_texts(loaded.model, loaded.tokenizer, wanted, max_length, sampling, seed=seed)
-    whole = "\n\n".join(prompt + text for prompt, text in zip(wanted, texts, strict=True))
     if output is None:
-        for number, (prompt, text) in enumerate(zip(wanted, texts, strict=True), 1):
-            print(f"--- {number}/{len(wanted)}\n{prompt}{text}")
-    else:
-        storage.write_atomic(output, whole + "\n")
-        print(f"{len(wanted)} texts written to {output}")
+        _show(loaded, wanted, max_length, sampling, seed)
+        return EXIT_DONE
+    with progress() as advance:
+        texts = sample_texts(
+            loaded.model,
+            loaded.tokenizer,
+            wanted,
+            max_length,
+            sampling,
+            seed=seed,
+            advance=advance,
+        )
+    whole = "\n\n".join(prompt + text for prompt, text in zip(wanted, texts, strict=True))
+    storage.write_atomic(output, whole + "\n")
+    print(f"{len(wanted)} text{'s' * (len(wanted) > 1)} written to {output}")
     return EXIT_DONE
 
 
-def _asked() -> Iterator[str]:
-    """Ask for prompts until an empty line, the end of input or Ctrl-C."""
+def warn_unknown(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
+    """Say on stderr how many characters of the prompts the tokenizer does not know, and which."""
+    if tokenizer.unknown is None:
+        return
+    lacking: Counter[str] = Counter()
+    for char, count in Counter("".join(prompts)).items():
+        if tokenizer.unknown in tokenizer.encode(char):
+            lacking[char] = count
+    if lacking:
+        total, most = sum(lacking.values()), [char for char, _ in lacking.most_common(5)]
+        which = " ".join(map(repr, most)) + (" ..." if len(lacking) > len(most) else "")
+        plural = "character" if total == 1 else "characters"
+        print(
+            f"dtt: warning: the run's tokenizer does not know {total} {plural} of the prompt: "
+            f"{which}; the model reads a placeholder there",
+            file=sys.stderr,
+        )
+
+
+def _show(loaded: LoadedRun, prompts: list[str], count: int, sampling: Sampling, seed: int) -> None:
+    """Print one text as it comes; several, which are computed together, one below the other."""
+    if len(prompts) == 1:
+        _stream(loaded, prompts[0], count, sampling, seed)
+        return
+    with progress() as advance:
+        texts = sample_texts(
+            loaded.model, loaded.tokenizer, prompts, count, sampling, seed=seed, advance=advance
+        )
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        gap = "\n" if number > 1 else ""
+        print(f"{gap}{_styled(f'--- {number}/{len(prompts)}', DIM)}")
+        print(_styled(prompt, BOLD) + _printable(text))
+
+
+def _converse(
+    loaded: LoadedRun, count: int, sampling: Sampling, seed: int, num_samples: int
+) -> None:
+    """Ask for prompts and continue them until an empty line, the end of input or Ctrl-C.
+
+    Ctrl-C within a text ends that text only.
+    """
     while True:
         try:
-            prompt = input("prompt> ")
+            prompt = input("prompt> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
-            print()
+            if sys.stdin.isatty():
+                print()
             return
         if not prompt:
             return
-        yield prompt
+        warn_unknown(loaded.tokenizer, [prompt])
+        try:
+            _show(loaded, [prompt] * num_samples, count, sampling, seed)
+        except KeyboardInterrupt:
+            print()
+        print()
+        seed += num_samples
 
 
 def _stream(loaded: LoadedRun, prompt: str, count: int, sampling: Sampling, seed: int) -> None:
     """Print prompt and continuation, token by token."""
-    print(prompt, end="", flush=True)
+    print(_styled(prompt, BOLD), end="", flush=True)
     text = TextStream(loaded.tokenizer)
-    encoded = encode_prompt(loaded.tokenizer, prompt)
     tokens = stream_tokens(
-        loaded.model, [encoded], count, sampling, seed=seed, end=loaded.tokenizer.end_of_text
+        loaded.model,
+        [encode_prompt(loaded.tokenizer, prompt)],
+        count,
+        sampling,
+        seed=seed,
+        end=loaded.tokenizer.end_of_text,
+        vocab_size=loaded.tokenizer.vocab_size,
     )
     for (token,) in tokens:
         if token is not None:
-            print(text.add(token), end="", flush=True)
-    print(text.rest(), flush=True)
+            print(_printable(text.add(token)), end="", flush=True)
+    print(_printable(text.rest()), flush=True)
+
+
+def _styled(text: str, style: str) -> str:
+    return f"{style}{_printable(text)}\x1b[0m" if text and sys.stdout.isatty() else text
+
+
+def _printable(text: str) -> str:
+    """On a terminal, take from a text the characters that would control it."""
+    return text.translate(CONTROLS) if sys.stdout.isatty() else text

@@ -41,6 +41,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "schedule.warmup_steps": ("--warmup-steps",),
     "parallel.world_size": ("--world-size",),
     "logging.level": ("--log-level",),
+    "logging.tensorboard": ("--tensorboard",),
+    "logging.wandb": ("--wandb",),
+    "logging.profile": ("--profile",),
 }
 
 

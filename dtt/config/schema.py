@@ -100,6 +100,12 @@ class Logging(Section):
     """Optimizer steps between console lines (metrics.jsonl always has every step)."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """What goes to the console and to logs/train.log."""
+    tensorboard: bool = False
+    """TensorBoard events in the run folder (needs dtt[tensorboard])."""
+    wandb: bool = False
+    """A W&B run, offline if its server is not there (needs dtt[wandb])."""
+    profile: bool = False
+    """A profiler trace of steps 6 to 8 in the run folder."""
 
 
 class Config(Section):

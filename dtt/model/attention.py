@@ -28,6 +28,8 @@ class Cache:
         self.entries = torch.zeros(shape, dtype=dtype, device=padding.device)
         self.padding = padding
         self.length = 0
+        # Asked once: each asking would make the host wait for the device.
+        self._padded = bool(padding.any())
 
     def positions(self, count: int) -> Tensor:
         """Return the positions [B, count] of the next tokens; padding has position 0."""
@@ -52,10 +54,6 @@ class Cache:
         real = columns >= self.padding[:, None, None, None]
         # A padded query sees itself, since a row without any column would be NaN.
         return (seen & real) | (rows == columns)
-
-    @property
-    def _padded(self) -> bool:
-        return bool(self.padding.any())
 
 
 def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:

@@ -59,7 +59,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dhidden, dhead = ctx.saved_tensors
         # In place, as dhead is the largest tensor of a step; a second backward pass through the
@@ -72,7 +72,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Return the summed loss of logits [N, V] and put its gradient, softmax - one-hot, into them."""
+    """Return the summed loss of logits [N, V], which become its gradient, softmax - one-hot."""
     loss = torch.zeros((), device=logits.device)
     minus_one = logits.new_full((1, 1), -1.0, dtype=torch.float32)
     counted = targets != ignored

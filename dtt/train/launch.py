@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from torch.distributed import DistError
+
 from dtt.config.schema import Config
 from dtt.dist import find_place, leave, start
 from dtt.errors import (
@@ -30,7 +32,7 @@ from dtt.errors import (
 )
 from dtt.train.batching import divide
 from dtt.train.loop import closing_lines, fit
-from dtt.train.picture import draw_loss
+from dtt.train.picture import draw_loss, sparkline
 from dtt.train.run import open_run, run_folder
 
 GRACE = 10.0
@@ -64,6 +66,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
             fit(run)
             if runtime.is_main and run.state.step >= run.steps:
                 draw_loss(run.folder, run.reporter.warning)
+                run.reporter.info(sparkline(run.folder))
             for line in closing_lines(run, time.perf_counter() - begun):
                 run.reporter.info(line)
         trained = Trained(
@@ -76,7 +79,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
 def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -> int:
     """Train, with as many workers as the configuration asks for, and return the exit code."""
     place, workers = find_place(os.environ), config.parallel.world_size
-    if place.ranks == 1 and workers > 1:
+    if place.launcher == "none" and workers > 1:
         divide(config.training, workers)
         return _run_workers(config, workers, resume, fresh)
     code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
@@ -92,8 +95,10 @@ def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh:
     start_method = "fork" if sys.platform == "linux" else "spawn"
     context: Any = multiprocessing.get_context(start_method)
     processes: list[BaseProcess] = []
+    spoken = context.Value("b", 0)
     for rank in range(workers):
-        process = context.Process(target=_worker, args=(rank, workers, config, resume, fresh))
+        arguments = (rank, workers, config, resume, fresh, spoken)
+        process = context.Process(target=_worker, args=arguments)
         process.start()
         processes.append(process)
     with _forwarded_signals(processes):
@@ -112,9 +117,12 @@ def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh:
 
 
 def _worker(
-    rank: int, ranks: int, config: Config, resume: str | Path | None, fresh: bool
+    rank: int, ranks: int, config: Config, resume: str | Path | None, fresh: bool, spoken: Any
 ) -> NoReturn:
-    """One rank: its own errors are printed here, since only its exit code goes to the parent."""
+    """One rank: its own errors are printed here, since only its exit code goes to the parent.
+
+    Where several ranks fail, alike or one because of another, the first one speaks (`spoken`).
+    """
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks)
     )
@@ -125,12 +133,14 @@ def _worker(
         code = error.exit_code
     except DttError as error:
         code = error.exit_code
-        if rank == 0 or not isinstance(error, DttError):
-            print(f"dtt train: error: {error}", file=sys.stderr)
+        with spoken.get_lock():
+            if not spoken.value:
+                print(f"dtt train: error: {error}", file=sys.stderr, flush=True)
+            spoken.value = 1
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
-    except Exception:
-        lost = "Connection closed by peer" in traceback.format_exc()
+    except Exception as error:
+        lost = isinstance(error, DistError) or "gloo/transport" in str(error)
         code = PeerError.exit_code if lost else EXIT_INTERNAL
         if not lost:
             traceback.print_exc()

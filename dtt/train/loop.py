@@ -113,6 +113,8 @@ def fit(run: Run) -> TrainState:
             if state.step == first:
                 run.reserve()  # the optimizer has its state from now on
             run.reporter.advance(state.step)
+            if run.profiler is not None:
+                run.profiler.step()
             if due.log(state.step):
                 _log(run, readings)
             best = _validate(run, readings) if due.evaluate(state.step) else None
@@ -125,6 +127,8 @@ def fit(run: Run) -> TrainState:
                     run.save(best)
             if readings.stop:
                 break
+    if run.profiler is not None:
+        run.profiler.close()
     run.checkpoints.finish()
     return state
 
@@ -133,7 +137,9 @@ def _log(run: Run, readings: Readings) -> None:
     readings.drain()
     if run.metrics is not None:
         run.metrics.flush()
-    run.reporter.step(run.state.step, readings.last | run.meter.read(run.state.step))
+    figures = readings.last | run.meter.read(run.state.step)
+    run.reporter.step(run.state.step, figures)
+    run.track({f"train/{name}": value for name, value in figures.items()})
 
 
 def _validate(run: Run, readings: Readings) -> float | None:
@@ -153,6 +159,7 @@ def _validate(run: Run, readings: Readings) -> float | None:
     if improved:
         state.best_loss = result.loss
     run.reporter.info(f"step {state.step} validation  {result.line()}{'  best' * improved}")
+    run.track({f"val/{key}": value for key, value in asdict(result).items()})
     if run.metrics is not None:
         figures = {f"val_{key}": value for key, value in asdict(result).items()}
         run.metrics.write(step=state.step, **figures)
@@ -178,6 +185,8 @@ def _sample(run: Run) -> None:
     with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         for prompt, text in zip(settings.prompts, texts, strict=True):
             run.reporter.info(f"--- step {run.state.step}, sample:\n{prompt}{text}", style="cyan")
+            for tracker in run.trackers:
+                tracker.text(run.state.step, f"sample/{prompt}", text)
             row = {"step": run.state.step, "prompt": prompt, "text": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from dtt.metrics.loggers import read_metrics
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -20,13 +23,18 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
         return None
     rows = read_metrics(folder / "metrics.jsonl")
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    measured = [row for row in rows if "val_loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in measured]
     steps, losses = [step for step, _ in train], [loss for _, loss in train]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="training, each step")
     axes.plot(steps, _smooth(losses), color="#1f4e79", linewidth=1.6, label="training, smoothed")
     if val:
         axes.plot(*zip(*val, strict=True), "o-", color="#c0504d", markersize=4, label="validation")
+    if measured and measured[-1]["val_floor"]:
+        row = measured[-1]
+        floor = row["val_loss"] * row["val_floor"] / row["val_bits_per_byte"]
+        axes.axhline(floor, color="#4f8a4f", linestyle="--", linewidth=1, label="best possible")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=folder.name)
     if losses and min(losses) > 0 and max(losses) / min(losses) > 4:
         axes.set_yscale("log")
@@ -43,10 +51,22 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """An exponential average over about a fiftieth of the run, without its start-up bias."""
-    keep = 1 - 1 / max(2.0, len(values) / 50)
+    """An exponential average over about a hundredth of the run, without its start-up bias."""
+    keep = 1 - 1 / max(2.0, len(values) / 100)
     average, weight, out = 0.0, 0.0, []
     for value in values:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(average / weight)
     return out
+
+
+def sparkline(folder: Path, width: int = 60) -> str:
+    """Return the training loss as one line of text: the mean of each `width`th of the run."""
+    losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    width = min(width, len(losses))
+    edges = [len(losses) * i // width for i in range(width + 1)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    bars = "".join(BARS[round((mean - low) * scale)] for mean in means)
+    return f"loss {means[0]:.2f} {bars} {means[-1]:.2f}"

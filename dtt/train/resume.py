@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dtt.config.schema import Config
+from dtt.data.prepare import Corpus
 from dtt.errors import CheckpointError
-from dtt.tokenizer import Tokenizer, fingerprint
+from dtt.tokenizer import fingerprint
 from dtt.train.saved import Saved
 
 IDENTITY = ("seed", "model", "tokenizer", "data", "training.batch_size", "optimizer.name")
@@ -22,7 +23,7 @@ def refuse_other_run(
     config: Config,
     saved: Saved,
     before: Config,
-    tokenizer: Tokenizer,
+    corpus: Corpus,
     note: Callable[[str], None],
 ) -> None:
     """Raise CheckpointError if `saved` is of another run than `config`; note what else changed."""
@@ -39,7 +40,14 @@ def refuse_other_run(
             f"checkpoint {saved.path} was trained with other settings ({'; '.join(refused)})",
             "give this run another --name, restore the settings, or say --fresh to start over",
         )
-    if fingerprint(tokenizer) != saved.state["tokenizer"]:
+    before_corpus = saved.state.get("corpus")
+    if before_corpus != corpus.folder.name:  # a name that holds a hash of the text
+        raise CheckpointError(
+            f"checkpoint {saved.path} was trained on another text ({before_corpus}) than there is "
+            f"now ({corpus.folder.name})",
+            "restore the text, give this run another --name, or say --fresh to start over",
+        )
+    if fingerprint(corpus.tokenizer) != saved.state["tokenizer"]:
         raise CheckpointError(
             f"checkpoint {saved.path} was trained with another tokenizer than the prepared text",
             "give this run another --name, or use the run's tokenizer.json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from dtt.dist import Runtime
 from dtt.errors import ConfigError
 from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Meter, short_count
+from dtt.metrics.trackers import TRACKERS, Tracker
 from dtt.model.decoder import Decoder, count_parameters
 from dtt.optim.build import build_optimizer
 from dtt.optim.schedule import warmup_steps
@@ -33,6 +34,7 @@ from dtt.tokenizer import Tokenizer, fingerprint
 from dtt.train.batching import divide
 from dtt.train.checkpoint import Checkpoints
 from dtt.train.load import check_weights, saved_config
+from dtt.train.profile import StepProfiler
 from dtt.train.resume import refuse_other_run
 from dtt.train.saved import Saved, open_checkpoint, read
 from dtt.train.step import Objective, Stepper
@@ -66,16 +68,21 @@ class Run:
     checkpoints: Checkpoints
     reporter: Reporter
     metrics: MetricsFile | None
+    trackers: list[Tracker]
+    profiler: StepProfiler | None
     meter: Meter
 
     def save(self, best_loss: float | None = None) -> None:
         """Save the state, on the rank that writes files."""
         if not self.runtime.is_main:
             return
+        if self.metrics is not None:  # no step before a checkpoint may be missing there
+            self.metrics.flush()
         state = {
             "step": self.state.step,
             "best_loss": self.state.best_loss,
             "tokenizer": fingerprint(self.corpus.tokenizer),
+            "corpus": self.corpus.folder.name,
             "scaler": self.stepper.scaler.state_dict(),
         }
         files = {
@@ -83,6 +90,18 @@ class Run:
             "tokenizer.json": self.corpus.tokenizer.to_json().encode(),
         }
         self.checkpoints.save(self.state.step, self._tensors(), state, files, best_loss=best_loss)
+
+    def track(self, figures: Mapping[str, float | None]) -> None:
+        """Show the figures of this step wherever curves are wanted."""
+        for tracker in self.trackers:
+            tracker.log(self.state.step, figures)
+
+    def close(self) -> None:
+        """Close what the run has open."""
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def reserve(self) -> None:
         """Get the memory for saving ready in the background; call it after the first step."""
@@ -114,32 +133,34 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
     """Build the run, or take it up where it was; on leaving, close files and locks.
 
     `resume` names another run's checkpoint to start from; it holds only until this run has a
-    checkpoint of its own, so that the same command continues it. `fresh` removes the old run.
+    checkpoint of its own, so that the same command continues it. `fresh` removes the old run, once
+    nothing can keep the new one from starting.
     """
     folder = run_folder(config)
     reporter = Reporter(None, config.logging.level)
     if not runtime.is_main:
-        yield _build(config, runtime, folder, reporter, resume)
+        yield _build(config, runtime, folder, reporter, resume, fresh)
         return
     divide(config.training, runtime.ranks)  # refuse before anything is touched
-    with storage.RunLock(folder) as lock:
-        if fresh:
-            for old in folder.iterdir():
-                if old != lock.path:
-                    storage.remove(old)
+    with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)
         run = None
         try:
-            run = _build(config, runtime, folder, reporter, resume)
+            run = _build(config, runtime, folder, reporter, resume, fresh)
             yield run
         finally:
-            if run is not None and run.metrics is not None:
-                run.metrics.close()
+            if run is not None:
+                run.close()
             reporter.close()
 
 
 def _build(
-    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, resume: str | None
+    config: Config,
+    runtime: Runtime,
+    folder: Path,
+    reporter: Reporter,
+    resume: str | None,
+    fresh: bool,
 ) -> Run:
     training, division = config.training, divide(config.training, runtime.ranks)
     checkpoints = Checkpoints(
@@ -150,7 +171,7 @@ def _build(
     )
     corpus = _share_corpus(config, runtime, reporter)
     config = _resolve_vocabulary(config, corpus.tokenizer)
-    saved = _share_checkpoint(config, runtime, corpus, checkpoints, resume, reporter)
+    saved = _share_checkpoint(config, runtime, corpus, checkpoints, resume, fresh, reporter)
     loader = Loader(
         corpus.stream("train"),
         config.model.context,
@@ -175,6 +196,8 @@ def _build(
     state = _restore(saved, model, stepper)
     metrics = None
     if runtime.is_main:
+        if fresh:
+            _remove_old_run(folder)
         _write_run_files(config, corpus.tokenizer, folder)
         metrics = MetricsFile(folder / "metrics.jsonl", state.step)
         reporter.total(steps)
@@ -192,8 +215,28 @@ def _build(
         checkpoints=checkpoints,
         reporter=reporter,
         metrics=metrics,
+        trackers=_trackers(config, runtime, folder, reporter),
+        profiler=_profiler(config, runtime, folder, reporter),
         meter=Meter(steps),
     )
+
+
+def _trackers(config: Config, runtime: Runtime, folder: Path, reporter: Reporter) -> list[Tracker]:
+    logging, settings = config.logging, config.model_dump(mode="json")
+    wanted = {"tensorboard": logging.tensorboard, "wandb": logging.wandb}
+    return [
+        TRACKERS[name](folder, settings, reporter.warning)
+        for name, on in wanted.items()
+        if on and runtime.is_main
+    ]
+
+
+def _profiler(
+    config: Config, runtime: Runtime, folder: Path, reporter: Reporter
+) -> StepProfiler | None:
+    if not config.logging.profile or not runtime.is_main:
+        return None
+    return StepProfiler(folder, reporter.info)
 
 
 def _share_corpus(config: Config, runtime: Runtime, reporter: Reporter) -> Corpus:
@@ -226,13 +269,14 @@ def _share_checkpoint(
     corpus: Corpus,
     checkpoints: Checkpoints,
     resume: str | None,
+    fresh: bool,
     reporter: Reporter,
 ) -> Saved | None:
     """Choose the checkpoint to continue from on the main rank, and open it on all."""
     chosen: list[Saved] = []
 
     def choose() -> str | None:
-        saved = checkpoints.newest()
+        saved = None if fresh else checkpoints.newest()
         if saved is None and resume is not None:
             saved = open_checkpoint(Path(resume), "last")
             reporter.info(f"starting from {saved.path}")
@@ -240,7 +284,7 @@ def _share_checkpoint(
             reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
         if saved is None:
             return None
-        refuse_other_run(config, saved, saved_config(saved), corpus.tokenizer, reporter.info)
+        refuse_other_run(config, saved, saved_config(saved), corpus, reporter.info)
         chosen.append(saved)
         return str(saved.path)
 
@@ -287,6 +331,13 @@ def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainStat
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"])
+
+
+def _remove_old_run(folder: Path) -> None:
+    """Remove all but the lock and the log, which this process has open."""
+    for old in folder.iterdir():
+        if old.name not in ("lock", "logs"):
+            storage.remove(old)
 
 
 def _write_run_files(config: Config, tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,0 +1,59 @@
+"""The models that are measured: the same settings for dtt, for the reference and for nanoGPT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtt.config.model import Learned, Model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 style decoder (learned positions, LayerNorm, GELU, tied head) and its batch."""
+
+    layers: int
+    dim: int
+    heads: int
+    context: int
+    batch: int
+    vocab: int
+    bias: bool
+
+    def settings(self) -> Model:
+        """Return dtt's settings of this model."""
+        return Model(
+            dim=self.dim,
+            layers=self.layers,
+            heads=self.heads,
+            context=self.context,
+            vocab_size=self.vocab,
+            positions=Learned(),
+            norm="layernorm",
+            activation="gelu",
+            bias=self.bias,
+            tied_head=True,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of a step."""
+        return self.batch * self.context
+
+    def flops(self, parameters: int) -> int:
+        """Return the floating-point operations of a training step per token.
+
+        nanoGPT's formula, 6 N + 12 L H Q T with N without the position embedding (PaLM, arxiv.org/
+        abs/2204.02311, appendix B). It counts all of the attention, although a causal one needs
+        half of it.
+        """
+        counted = parameters - self.context * self.dim
+        return 6 * counted + 12 * self.layers * self.dim * self.context
+
+
+SHAPES = {
+    "tiny-0.8m": Shape(4, 128, 4, 64, 12, 65, bias=False),
+    "nanogpt-10m": Shape(6, 384, 6, 256, 16, 65, bias=False),
+    "gpt2-124m": Shape(12, 768, 12, 1024, 2, 50257, bias=True),
+}
+QUICK = Shape(2, 32, 2, 16, 4, 65, bias=False)
+"""Instead of any of them with --quick."""

@@ -1,0 +1,171 @@
+"""A run of seconds for the tests of training, in this process or in processes of its own.
+
+Processes are forked from a server that has imported torch already, so that one starts in a few
+hundredths of a second instead of seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtt.config.load import load_config
+from dtt.config.schema import Config
+from dtt.train.saved import open_checkpoint
+
+WORDS = "the a cat dog bird saw heard ran to from big small red blue tree hill and then".split()
+STEPS = 24
+PRELOADED = ["dtt.train.launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
+SETTINGS = {
+    "name": "small",
+    "tokenizer.name": "char",
+    "data.workers": "1",
+    "data.source.name": "text",
+    "data.source.path": "text.txt",
+    "model.layers": "2",
+    "model.dim": "32",
+    "model.heads": "4",
+    "model.context": "32",
+    "model.dropout": "0.1",
+    "training.batch_size": "8",
+    "training.max_steps": str(STEPS),
+    "training.precision": "fp32",
+    "training.device": "cpu",
+    "training.threads": "1",
+    "evaluation.every": "10",
+    "evaluation.max_tokens": "256",
+    "sample.prompts": "[]",
+    "checkpoint.every": "4",
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def write_text(path: Path, seed: int = 0, characters: int = 8000) -> None:
+    """Write seeded words, a line for every ten."""
+    draw = random.Random(seed)
+    words = (draw.choice(WORDS) + (".\n" if i % 10 == 9 else " ") for i in range(characters))
+    path.write_text("".join(words)[:characters], encoding="utf-8")
+
+
+def flags(changes: dict[str, str | None] | None = None) -> list[str]:
+    """The command line of the small run; a change to None leaves a flag out."""
+    merged = SETTINGS | (changes or {})
+    return [word for key, value in merged.items() if value for word in (f"--{key}", value)]
+
+
+def small_config(changes: dict[str, str] | None = None) -> Config:
+    """The configuration of the small run."""
+    merged = SETTINGS | (changes or {})
+    return load_config(overrides={key: (f"--{key}", value) for key, value in merged.items()})
+
+
+def start(
+    folder: Path,
+    argv: list[str],
+    *,
+    environ: dict[str, str] | None = None,
+    die: tuple[int, int] | None = None,
+    slow: float = 0.0,
+) -> Any:
+    """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_main, args=(folder, argv, environ or {}, die, slow))
+    process.start()
+    return process
+
+
+def wait(process: Any, folder: Path, seconds: float = 60) -> Done:
+    """Wait for a started command and return how it ended."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"still running after {seconds} s: {_text(folder, 'err')}")
+    return Done(process.exitcode, _text(folder, "out"), _text(folder, "err"))
+
+
+def command(folder: Path, argv: list[str], **options: Any) -> Done:
+    """Run `dtt ARGV` in `folder` in a process of its own, to its end."""
+    return wait(start(folder, argv, **options), folder)
+
+
+def _text(folder: Path, stream: str) -> str:
+    return (folder / stream).read_text(encoding="utf-8")
+
+
+def _main(
+    folder: Path,
+    argv: list[str],
+    environ: dict[str, str],
+    die: tuple[int, int] | None,
+    slow: float,
+) -> None:
+    from dtt.cli import main
+    from dtt.train.step import Stepper
+
+    os.chdir(folder)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(environ)
+    os.fsync = lambda handle: None  # a killed process does not lose what it wrote
+    whole = Stepper.update
+
+    def update(self: Stepper, factor: float) -> None:
+        steps[0] += 1
+        if die is not None and (self.runtime.rank, steps[0]) == die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if slow:
+            signal.sigtimedwait([], slow)
+        whole(self, factor)
+
+    steps = [0]
+    Stepper.update = update  # type: ignore[method-assign]
+    code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of every step in metrics.jsonl, all digits; a step that is there twice fails."""
+    found: dict[int, float] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "loss" in row:
+            assert row["step"] not in found, f"step {row['step']} has two lines"
+            found[row["step"]] = row["loss"]
+    return found
+
+
+def final_tensors(run: Path, which: str = "last") -> dict[str, Tensor]:
+    """Model and optimizer of a checkpoint, by name."""
+    saved = open_checkpoint(run, which)
+    groups = {group: saved.tensors(group) for group in ("model", "optimizer")}
+    return {f"{group}.{name}": t for group, all_ in groups.items() for name, t in all_.items()}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Every loss and every tensor of the last checkpoint are bitwise equal."""
+    assert losses(run) == losses(other)
+    ours, theirs = final_tensors(run), final_tensors(other)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
