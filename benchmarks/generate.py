@@ -1,4 +1,4 @@
-"""Generation: with the cache against recomputing, many prompts against one, dtt against transformers.
+"""Generation: a cache against recomputing, 16 prompts against one, dtt against transformers.
 
 All are greedy and never stop early, so every variant does the same number of tokens. Weights are
 random; those of the comparison with transformers are the same in both.
@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 from shapes import QUICK, SHAPES, Shape
-from table import median, note, parser, print_heading, print_table, ratio, take_turns
+from table import (
+    median,
+    note,
+    parser,
+    print_heading,
+    print_table,
+    ratio,
+    read_peak,
+    take_turns,
+)
 
 from dtt.generate import Sampling, stream_tokens
 from dtt.model.decoder import Decoder
@@ -172,6 +181,12 @@ def main() -> None:
     quick, rounds = options.quick, options.rounds or (1 if options.quick else 5)
     torch.set_num_threads(options.threads)
     print_heading("Generation", options.threads, quick)
+    peak = read_peak(options.threads, quick=quick)
+    count = SHAPES["gpt2-124m"].parameters()
+    limits = [
+        [f"124M weights in {d}", peak, peak * 1e9 / count / t.itemsize] for d, t in DTYPES.items()
+    ]
+    print_table(["limit: reading", "GB/s", "times per second"], limits)
     if options.only != "transformers":
         shape, new = (QUICK, 12) if quick else (SHAPES["nanogpt-10m"], 256)
         cache_table(shape, new, rounds)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from dtt.config.model import Learned, Model
+from dtt.model.decoder import Decoder, count_parameters
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,19 @@ class Shape:
         """Target tokens of a step."""
         return self.batch * self.context
 
-    def flops(self, parameters: int) -> int:
+    def parameters(self) -> int:
+        """Return the number of parameters, the position embedding included."""
+        with torch.device("meta"):
+            return count_parameters(Decoder(self.settings()))
+
+    def flops(self) -> int:
         """Return the floating-point operations of a training step per token.
 
         nanoGPT's formula, 6 N + 12 L H Q T with N without the position embedding (PaLM, arxiv.org/
         abs/2204.02311, appendix B). It counts all of the attention, although a causal one needs
         half of it.
         """
-        counted = parameters - self.context * self.dim
+        counted = self.parameters() - self.context * self.dim
         return 6 * counted + 12 * self.layers * self.dim * self.context
 
 

@@ -117,6 +117,17 @@ def matmul_peak(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False)
     return best
 
 
+def read_peak(threads: int, device: str = "cpu", *, quick: bool = False) -> float:
+    """Return the GB/s at which memory is read: the limit of generating one text."""
+    torch.set_num_threads(threads)
+    size = 1 << (16 if quick else 26)
+    values = torch.ones(size, device=device)
+    samples = time_calls(
+        lambda: torch.dot(values, values), seconds=0.05 if quick else 1.0, device=device
+    )
+    return 4e-9 * size / min(samples)
+
+
 def time_calls(
     call: Callable[[], object],
     *,

@@ -36,7 +36,7 @@ from dtt.config.optim import AdamW
 from dtt.data.loader import Loader
 from dtt.data.shards import FORMAT, Manifest, TokenStream, write_shard
 from dtt.dist import Place, start
-from dtt.model.decoder import Decoder, count_parameters
+from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
 from dtt.precision import choose_precision
 from dtt.train.batching import Division
@@ -111,6 +111,7 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
         else:
             tokens = np.memmap(Path(folder) / "train-00000.bin", dtype="<u2", mode="r")
             setting = reference.SETTINGS[name]
+            torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT's train.py has it
             model = (
                 reference.nanogpt(spec["nanogpt"], shape)
                 if maker == "nanoGPT"
@@ -129,11 +130,10 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
     return {"seconds": median(seconds), "memory": memory}
 
 
-def variants(folder: str | None, compiled: bool, ours: tuple[str, ...] = (OURS,)) -> list[str]:
-    """Return what is measured, in its order."""
+def variants(settings: list[str], folder: str | None) -> list[str]:
+    """Return what is measured, in its order; `folder` is nanoGPT's."""
     makers = ["plain PyTorch", *(["nanoGPT"] if folder else [])]
-    names = [n for n, s in reference.SETTINGS.items() if compiled or not s.compiled]
-    return [f"{maker}: {name}" for maker in makers for name in names] + list(ours)
+    return [*(f"{maker}: {name}" for maker in makers for name in settings), OURS]
 
 
 def compare(
@@ -145,7 +145,6 @@ def compare(
     **spec: Any,
 ) -> list[list[Any]]:
     """Measure all variants of one shape in turn and return the rows of its table."""
-    parameters = count_parameters(Decoder(shape.settings()))
     memory: dict[str, float] = {}
 
     def measure(name: str) -> float:
@@ -161,7 +160,7 @@ def compare(
     rows: list[list[Any]] = []
     for name in names:
         middle = median(speeds[name])
-        gflops = middle * shape.flops(parameters) * 1e-9
+        gflops = middle * shape.flops() * 1e-9
         share = f"{gflops / peak:.0%}"
         row = [name, max(speeds[name]), middle, gflops, share, ratio(middle, first)]
         row.append(ratio(middle, best))
@@ -175,7 +174,7 @@ HEADS = [
     "median",
     "GFLOP/s",
     "of bf16 peak",
-    "to fp32",
+    "to the first",
     "to the peer's best",
 ]
 
@@ -187,11 +186,19 @@ def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--shape", choices=SHAPES, action="append", help="default: all three")
     asked.add_argument("--nanogpt", metavar="DIR", help="also measure the model.py in DIR")
+    asked.add_argument(
+        "--setting", choices=reference.SETTINGS, action="append", help="of the peer; default: all"
+    )
     asked.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     asked.add_argument("--seconds", type=float, default=10.0, help="per measurement, after warm-up")
     options = asked.parse_args()
     quick, rounds = options.quick, options.rounds or (1 if options.quick else 3)
-    names = variants(options.nanogpt, compiled=not (options.no_compile or quick))
+    settings = options.setting or [
+        name
+        for name, setting in reference.SETTINGS.items()
+        if not (setting.compiled and (options.no_compile or quick))
+    ]
+    names = variants(settings, options.nanogpt)
 
     torch.set_num_threads(options.threads)
     print_heading("Training step", options.threads, quick)
@@ -209,8 +216,9 @@ def main() -> None:
             threads=options.threads,
             device="cpu",
         )
-        parameters = count_parameters(Decoder(shape.settings()))
-        print(f"### {shape_name}: {parameters:,} parameters, {shape.tokens:,} tokens a step\n")
+        print(
+            f"### {shape_name}: {shape.parameters():,} parameters, {shape.tokens:,} tokens a step\n"
+        )
         print_table(HEADS, rows)
 
 

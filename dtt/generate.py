@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -125,8 +126,13 @@ def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the prompt's tokens behind an end-of-text token, as every document begins."""
-    return [tokenizer.end_of_text, *(int(i) for i in tokenizer.encode(prompt))]
+    """Return the prompt's tokens behind an end-of-text token, as every document begins.
+
+    Bytes of a command line that are not UTF-8, which Python hands on as lone surrogates, are read
+    as replacement characters.
+    """
+    text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return [tokenizer.end_of_text, *(int(i) for i in tokenizer.encode(text))]
 
 
 def sample_texts(
@@ -237,12 +243,13 @@ def generate_command(
     sampling = Sampling(temperature, top_k, top_p)
     seed = secrets.randbits(32) if seed is None else seed
     # What a terminal's encoding lacks must not end the text.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if interactive:
         _converse(loaded, max_length, sampling, seed, num_samples)
         return EXIT_DONE
-    warn_unknown(loaded.tokenizer, prompts)
+    warn_about_prompts(loaded, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num_samples)]
     if output is None:
         _show(loaded, wanted, max_length, sampling, seed)
@@ -263,23 +270,29 @@ def generate_command(
     return EXIT_DONE
 
 
-def warn_unknown(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
-    """Say on stderr how many characters of the prompts the tokenizer does not know, and which."""
-    if tokenizer.unknown is None:
-        return
+def warn_about_prompts(loaded: LoadedRun, prompts: Sequence[str]) -> None:
+    """Say on stderr what the model will not see as it is written: unknown and too early text."""
+    tokenizer, context = loaded.tokenizer, loaded.model.settings.context
     lacking: Counter[str] = Counter()
-    for char, count in Counter("".join(prompts)).items():
-        if tokenizer.unknown in tokenizer.encode(char):
-            lacking[char] = count
+    if tokenizer.unknown is not None:
+        for char, count in Counter("".join(prompts)).items():
+            if tokenizer.unknown in tokenizer.encode(char):
+                lacking[char] = count
     if lacking:
         total, most = sum(lacking.values()), [char for char, _ in lacking.most_common(5)]
         which = " ".join(map(repr, most)) + (" ..." if len(lacking) > len(most) else "")
         plural = "character" if total == 1 else "characters"
-        print(
-            f"dtt: warning: the run's tokenizer does not know {total} {plural} of the prompt: "
-            f"{which}; the model reads a placeholder there",
-            file=sys.stderr,
+        _warn(
+            f"the run's tokenizer does not know {total} {plural} of the prompt: {which}; "
+            "the model reads a placeholder there"
         )
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    if longest > context:
+        _warn(f"the prompt has {longest} tokens; the model sees only the last {context} of them")
+
+
+def _warn(text: str) -> None:
+    print(f"dtt: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _show(loaded: LoadedRun, prompts: list[str], count: int, sampling: Sampling, seed: int) -> None:
@@ -313,7 +326,7 @@ def _converse(
             return
         if not prompt:
             return
-        warn_unknown(loaded.tokenizer, [prompt])
+        warn_about_prompts(loaded, [prompt])
         try:
             _show(loaded, [prompt] * num_samples, count, sampling, seed)
         except KeyboardInterrupt:
@@ -348,3 +361,12 @@ def _styled(text: str, style: str) -> str:
 def _printable(text: str) -> str:
     """On a terminal, take from a text the characters that would control it."""
     return text.translate(CONTROLS) if sys.stdout.isatty() else text
+
+
+class _Callable(ModuleType):
+    """`from dtt import generate` finds this module, so it can be called like its function."""
+
+    __call__ = staticmethod(generate)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -54,9 +54,14 @@ def load_config(
         config = Config.model_validate(merged.tree)
     except ValidationError as error:
         raise ConfigError("\n".join(error_lines(error, merged.origins))) from None
-    if config.name is None:
-        config = config.model_copy(update={"name": _default_name(files, config)})
-    return config
+    return named(config, files)
+
+
+def named(config: Config, files: Sequence[str] = ()) -> Config:
+    """The configuration with a name: its own, or one from its files or its corpus."""
+    if config.name is not None:
+        return config
+    return config.model_copy(update={"name": _default_name(files, config)})
 
 
 def to_yaml(config: Config) -> str:

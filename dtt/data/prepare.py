@@ -191,7 +191,7 @@ def _training_documents(plan: Plan, source: SourceReader, index: int) -> Iterato
 def _alphabet(task: tuple[Plan, int]) -> set[str]:
     plan, index = task
     found: set[str] = set()
-    for text in _training_documents(plan, open_source(plan.data.source), index):
+    for text in _training_documents(plan, _worker_source(plan), index):
         found.update(text)
     return found
 
@@ -220,7 +220,8 @@ def _row_path(folder: Path, index: int) -> Path:
 
 def _encode_all(plan: Plan, tokenizer: Tokenizer, advance: Advance) -> Iterator[dict[str, Any]]:
     missing = [i for i in range(len(plan.parts)) if not _row_path(plan.folder, i).exists()]
-    tasks = [(plan, tokenizer.to_json(), index) for index in missing]
+    text = tokenizer.to_json()
+    tasks = [(plan, text, index) for index in missing]
     done = len(plan.parts) - len(missing)
     for _ in _map(_encode_part, tasks, plan.data.workers):
         done += 1
@@ -232,17 +233,14 @@ def _encode_all(plan: Plan, tokenizer: Tokenizer, advance: Advance) -> Iterator[
 def _encode_part(task: tuple[Plan, str, int]) -> None:
     """Encode one part to a shard per split; its row is written last, and says that it is done."""
     plan, text, index = task
-    tokenizer, source, part = (
-        _worker_tokenizer(text),
-        open_source(plan.data.source),
-        plan.parts[index],
-    )
+    tokenizer, source, part = _worker_tokenizer(text), _worker_source(plan), plan.parts[index]
+    skipped = source.skipped
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     writers = {split: _ShardWriter(tokenizer) for split in SPLITS}
     for document in source.read(part):
         name = "val" if held_out(document, part, plan.data.val_fraction) else "train"
         writers[name].add(document)
-    row: dict[str, Any] = {"skipped": source.skipped}
+    row: dict[str, Any] = {"skipped": source.skipped - skipped}
     for split, writer in writers.items():
         if writer.tokens:
             shard = writer.write(plan.folder, f"{split}-{index:05d}", dtype)
@@ -282,6 +280,17 @@ class _ShardWriter:
             unknown=self.unknown,
             bits=self.bits,
         )
+
+
+_source: tuple[Path, SourceReader] | None = None
+
+
+def _worker_source(plan: Plan) -> SourceReader:
+    """Open the source once in each worker: finding its files once for each part is quadratic."""
+    global _source
+    if _source is None or _source[0] != plan.folder:
+        _source = plan.folder, open_source(plan.data.source)
+    return _source[1]
 
 
 _cached: tuple[str, Tokenizer] | None = None

@@ -203,10 +203,7 @@ RULES: dict[str, str] = {
     "a_friend_came": """
         <just_then> <a_friend> in <look> <garment> <came>.
     """,
-    "lunch": """
-        {food1}
-        {food2}
-    """,
+    "lunch": _lines("{food1} {food2}"),
     "a_friend": """
         a <trait1=trait>, <trait-trait1> <friend.kind=kind.any-hero.kind> named \
         <friend=name.{friend.kind.names}-hero>

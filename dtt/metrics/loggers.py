@@ -57,7 +57,7 @@ def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
                     return
             except (ValueError, KeyError, TypeError):  # a torn last line
                 return
-            yield line
+            yield line if line.endswith(b"\n") else line + b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

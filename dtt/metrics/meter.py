@@ -17,6 +17,7 @@ class Meter:
         self._since, self._tokens, self._count = clock(), 0, 0
         self._pause = 0.0
         self._step_seconds: float | None = None
+        self._readings = 0
 
     def add(self, tokens: int) -> None:
         """Count one optimizer step of `tokens` target tokens."""
@@ -32,9 +33,10 @@ class Meter:
         now = self._clock()
         seconds = max(now - self._since - self._pause, 1e-9)
         per_step = seconds / max(self._count, 1)
-        # The first interval has warm-up in it, so the estimate leans on the newest one.
-        old = self._step_seconds
+        # The first reading has warm-up in it: an estimate until there is another, then forgotten.
+        old = self._step_seconds if self._readings > 1 else None
         self._step_seconds = per_step if old is None else 0.7 * per_step + 0.3 * old
+        self._readings += 1
         speed = self._tokens / seconds
         self._since, self._tokens, self._count, self._pause = now, 0, 0, 0.0
         return {
@@ -58,6 +60,6 @@ def short_duration(seconds: float) -> str:
 def short_count(number: float) -> str:
     """Return a count as people read it: 950, 34.5k, 10.7M, 8.03B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
+        if number >= limit * 0.9995:  # what is rounded to three digits must not become 1e+03
             return f"{number / limit:.3g}{unit}"
     return f"{number:.0f}"

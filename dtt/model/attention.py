@@ -44,10 +44,15 @@ class Cache:
         return self.entries[layer, 0, :, :, :stop], self.entries[layer, 1, :, :, :stop]
 
     def mask(self, count: int, window: int | None) -> Tensor | None:
-        """Return which columns the next `count` tokens see, [B, 1, count, columns]; None: all."""
-        if count == 1 and window is None and not self._padded:
-            return None
+        """Return which columns the next `count` tokens see, [B, 1, count, columns].
+
+        None: all before each, as for one token, or for the first ones, where attention is plain
+        causal attention and has its fast path.
+        """
         device, total = self.padding.device, self.length + count
+        plain = not self._padded and (window is None or total <= window)
+        if plain and (count == 1 or self.length == 0):
+            return None
         columns = torch.arange(total, device=device)
         rows = torch.arange(self.length, total, device=device)[:, None]
         seen = visible(rows, columns, window)

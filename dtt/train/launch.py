@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 from torch.distributed import DistError
 
+from dtt.config.load import named
 from dtt.config.schema import Config
 from dtt.dist import find_place, leave, start
 from dtt.errors import (
@@ -55,7 +57,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
 
     Continues the run of this name if there is one. Raises the errors of dtt.errors.
     """
-    place = find_place(os.environ)
+    config, place = named(config), find_place(os.environ)
     divide(config.training, place.ranks)
     runtime = start(place, config.training.device, config.training.threads)
     begun = time.perf_counter()
@@ -126,6 +128,7 @@ def _worker(
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks)
     )
+    threading.Thread(target=_follow_parent, daemon=True).start()
     code = EXIT_INTERNAL
     try:
         code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
@@ -145,6 +148,14 @@ def _worker(
         if not lost:
             traceback.print_exc()
     leave(code)
+
+
+def _follow_parent() -> None:
+    """Stop this rank, after a save, when the process that started it has died."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(processes: list[BaseProcess]) -> tuple[int, int] | None:

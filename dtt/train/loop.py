@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from torch.nn.utils import get_total_norm
+
 from dtt.config.schema import Config
 from dtt.errors import NumericError
 from dtt.evaluate import evaluate
@@ -18,6 +20,11 @@ from dtt.optim.schedule import learning_rate
 from dtt.train.preemption import Preemption
 from dtt.train.run import Run, TrainState
 from dtt.train.step import StepResult
+
+CALM = (
+    "lower optimizer.lr or lengthen schedule.warmup_steps; the same command goes on from the last "
+    "checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,7 @@ class Readings:
         # With fp16 a gradient may overflow: the scaler skips that update and lowers its scale.
         if not math.isfinite(loss) or not (math.isfinite(norm) or run.stepper.scaler.is_enabled()):
             raise NumericError(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}",
-                "lower optimizer.lr or lengthen schedule.warmup_steps; the same command goes on "
-                "from the last checkpoint",
+                f"step {step}: the loss is {loss} and the gradient norm {norm}", CALM
             )
         lr = run.config.optimizer.lr * factor
         self.last = {"loss": loss, "lr": lr, "grad_norm": norm}
@@ -124,6 +129,7 @@ def fit(run: Run) -> TrainState:
             if due.checkpoint(state.step) or best is not None or readings.stop:
                 readings.drain()
                 with run.pause():
+                    _refuse_bad_weights(run)
                     run.save(best)
             if readings.stop:
                 break
@@ -131,6 +137,12 @@ def fit(run: Run) -> TrainState:
         run.profiler.close()
     run.checkpoints.finish()
     return state
+
+
+def _refuse_bad_weights(run: Run) -> None:
+    """The loss of the next step would show it, but a checkpoint is written before that."""
+    if not get_total_norm(run.stepper.parameters, math.inf).isfinite():
+        raise NumericError(f"step {run.state.step}: its update made weights not finite", CALM)
 
 
 def _log(run: Run, readings: Readings) -> None:
@@ -155,6 +167,8 @@ def _validate(run: Run, readings: Readings) -> float | None:
             batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
             max_tokens=settings.max_tokens,
         )
+    if not math.isfinite(result.loss):
+        raise NumericError(f"step {state.step}: the validation loss is {result.loss}", CALM)
     improved = state.best_loss is None or result.loss < state.best_loss
     if improved:
         state.best_loss = result.loss

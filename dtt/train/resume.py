@@ -43,9 +43,9 @@ def refuse_other_run(
     before_corpus = saved.state.get("corpus")
     if before_corpus != corpus.folder.name:  # a name that holds a hash of the text
         raise CheckpointError(
-            f"checkpoint {saved.path} was trained on another text ({before_corpus}) than there is "
-            f"now ({corpus.folder.name})",
-            "restore the text, give this run another --name, or say --fresh to start over",
+            f"checkpoint {saved.path} was trained on other tokens ({before_corpus}) than the text "
+            f"and the tokenizer give now ({corpus.folder.name})",
+            "restore them, give this run another --name, or say --fresh to start over",
         )
     if fingerprint(corpus.tokenizer) != saved.state["tokenizer"]:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dtt.data.order import mix
 from dtt.data.prepare import Corpus, open_corpus, prepare
 from dtt.data.progress import progress
 from dtt.dist import Runtime
-from dtt.errors import ConfigError
+from dtt.errors import ConfigError, StorageError
 from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Meter, short_count
 from dtt.metrics.trackers import TRACKERS, Tracker
@@ -40,6 +40,9 @@ from dtt.train.saved import Saved, open_checkpoint, read
 from dtt.train.step import Objective, Stepper
 
 DEFAULT_STEPS = 1000
+_REPLICATED: list[nn.Module] = []
+"""Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
+thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
 
 
 @dataclass
@@ -97,7 +100,9 @@ class Run:
             tracker.log(self.state.step, figures)
 
     def close(self) -> None:
-        """Close what the run has open."""
+        """Close what the run has open, after the save under way if there is one."""
+        with suppress(StorageError):  # said already, or less than the error that ends the run
+            self.checkpoints.finish()
         if self.metrics is not None:
             self.metrics.close()
         for tracker in self.trackers:
@@ -162,7 +167,6 @@ def _build(
     resume: str | None,
     fresh: bool,
 ) -> Run:
-    training, division = config.training, divide(config.training, runtime.ranks)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
@@ -175,24 +179,16 @@ def _build(
     loader = Loader(
         corpus.stream("train"),
         config.model.context,
-        training.batch_size,
+        config.training.batch_size,
         config.seed,
         runtime.rank,
         runtime.ranks,
     )
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
-    dtype, why = choose_precision(training.precision, runtime.device)
+    dtype, why = choose_precision(config.training.precision, runtime.device)
     model = _model(config, runtime, dtype)
-    stepper = Stepper(
-        objective=_wrap(model, config, runtime),
-        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
-        runtime=runtime,
-        division=division,
-        seed=config.seed,
-        grad_clip=training.grad_clip,
-        scaler=torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16),
-    )
+    stepper = _stepper(model, config, runtime, dtype)
     state = _restore(saved, model, stepper)
     metrics = None
     if runtime.is_main:
@@ -310,6 +306,18 @@ def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
     return model.to(runtime.device)
 
 
+def _stepper(model: Decoder, config: Config, runtime: Runtime, dtype: torch.dtype) -> Stepper:
+    return Stepper(
+        objective=_wrap(model, config, runtime),
+        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
+        runtime=runtime,
+        division=divide(config.training, runtime.ranks),
+        seed=config.seed,
+        grad_clip=config.training.grad_clip,
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16),
+    )
+
+
 def _wrap(model: Decoder, config: Config, runtime: Runtime) -> nn.Module:
     """Compile, then replicate: the order of docs/training.md."""
     if config.training.compile:
@@ -318,6 +326,7 @@ def _wrap(model: Decoder, config: Config, runtime: Runtime) -> nn.Module:
     objective: nn.Module = Objective(model)
     if runtime.ranks > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        _REPLICATED.append(objective)
     return objective.train()
 
 

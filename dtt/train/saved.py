@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dtt.errors import CheckpointError, DttError
+from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.storage import sha256, storage_errors
 from dtt.train.snapshot import digest
 from dtt.version import __version__
@@ -120,7 +120,7 @@ def _contents(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, bytes], d
             else:
                 contents[name] = file.read_bytes()
                 found = hashlib.sha256(contents[name]).hexdigest()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, StorageError) as error:
             raise _damaged(path, name, str(error)) from error
         if found != entry["sha256"]:
             raise _damaged(path, name, "its SHA-256 is not the manifest's")

@@ -81,7 +81,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "none": {},
     "linear": {"factor": 3.0},
     "yarn": {"factor": 3.0, "original": 16},
-    "llama3": {"factor": 8.0, "original": 16},
+    "llama3": {"factor": 8.0, "original": 32},
 }
 
 

@@ -12,18 +12,28 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dtt.config.load import load_config
 from dtt.config.schema import Config
+from dtt.data.loader import Batch
+from dtt.dist import Place, Runtime, leave
+from dtt.dist import start as connect
+from dtt.model.decoder import Decoder
+from dtt.optim.build import build_optimizer
+from dtt.train.batching import divide
 from dtt.train.saved import open_checkpoint
+from dtt.train.step import Objective, Stepper, StepResult
 
-WORDS = "the a cat dog bird saw heard ran to from big small red blue tree hill and then".split()
+WORDS = ("the", "a", "cat", "dog", "bird", "saw", "heard", "ran", "to", "from", "big", "small")
 STEPS = 24
 PRELOADED = ["dtt.train.launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
 SETTINGS = {
@@ -65,15 +75,15 @@ def write_text(path: Path, seed: int = 0, characters: int = 8000) -> None:
     path.write_text("".join(words)[:characters], encoding="utf-8")
 
 
-def flags(changes: dict[str, str | None] | None = None) -> list[str]:
+def flags(changes: Mapping[str, str | None] | None = None) -> list[str]:
     """The command line of the small run; a change to None leaves a flag out."""
-    merged = SETTINGS | (changes or {})
+    merged = {**SETTINGS, **(changes or {})}
     return [word for key, value in merged.items() if value for word in (f"--{key}", value)]
 
 
-def small_config(changes: dict[str, str] | None = None) -> Config:
+def small_config(changes: Mapping[str, str] | None = None) -> Config:
     """The configuration of the small run."""
-    merged = SETTINGS | (changes or {})
+    merged = {**SETTINGS, **(changes or {})}
     return load_config(overrides={key: (f"--{key}", value) for key, value in merged.items()})
 
 
@@ -119,7 +129,6 @@ def _main(
     slow: float,
 ) -> None:
     from dtt.cli import main
-    from dtt.train.step import Stepper
 
     os.chdir(folder)
     for stream, name in ((1, "out"), (2, "err")):
@@ -142,6 +151,56 @@ def _main(
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def step_on_rank(
+    folder: Path, settings: Mapping[str, str], rank: int, ranks: int, port: int
+) -> None:
+    """Compute the first step's gradients as one rank of some; rank 0 saves them in `folder`."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    runtime = connect(Place(rank, ranks, rank, ranks, "test"), "cpu", 1)
+    stepper = build_stepper(small_config(settings), runtime)
+    result = stepper.step(synthetic_batch(0, rank, ranks), 0, stop=rank == 1)
+    if runtime.is_main:
+        save_file(named_results(stepper, result), folder / "gradients.safetensors")
+    runtime.close()
+    leave(0)
+
+
+def build_stepper(config: Config, runtime: Runtime) -> Stepper:
+    """A model of 64 tokens with its optimizer, as a run builds them; gradients are not clipped."""
+    settings = config.model.model_copy(update={"vocab_size": 64})
+    model = Decoder(settings)
+    model.init_weights(torch.Generator().manual_seed(0))
+    objective: torch.nn.Module = Objective(model)
+    if runtime.ranks > 1:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    return Stepper(
+        objective=objective.train(),
+        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
+        runtime=runtime,
+        division=divide(config.training, runtime.ranks),
+        seed=config.seed,
+        grad_clip=None,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+
+
+def synthetic_batch(step: int, rank: int = 0, ranks: int = 1) -> Batch:
+    """A rank's share of 8 random sequences."""
+    rows = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(step))
+    mine = rows.chunk(ranks)[rank]
+    return Batch(mine[:, :-1], mine[:, 1:], tuple(range(len(mine))))
+
+
+def named_results(stepper: Stepper, result: StepResult) -> dict[str, Tensor]:
+    """Gradients by parameter, and what the step returned."""
+    gradients = {
+        name.removeprefix("module."): parameter.grad.clone()
+        for name, parameter in stepper.objective.named_parameters()
+        if parameter.grad is not None
+    }
+    return gradients | {"totals": result.totals, "grad_norm": result.grad_norm}
 
 
 def losses(run: Path) -> dict[int, float]:

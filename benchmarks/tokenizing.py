@@ -1,0 +1,173 @@
+"""BPE training and encoding in MB/s on the standard library's sources.
+
+Training: `tokenizers` called directly on documents in memory, against dtt's path, which reads them
+too. Encoding: `tokenizers` and `tiktoken` called alone in one thread on documents in memory,
+against all of `dtt tokenize` (read, encode, write, hash) with one and two workers and a given
+tokenizer.json. MB are 10^6 bytes of UTF-8.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from table import in_process, median, parser, print_heading, print_table, ratio, take_turns
+
+from dtt.config.data import Data, Stdlib, Text, TokenizerFile
+from dtt.data.prepare import prepare
+from dtt.data.sources import open_source
+from dtt.tokenizer import GPT2_PATTERN, train_bpe
+
+VOCABULARY = 16384
+SPECIAL = ["<|endoftext|>"]
+
+
+def documents(source: Any) -> Iterator[str]:
+    """Read the documents of a source, as dtt's training of a tokenizer does."""
+    reader = open_source(source)
+    for part in reader.parts(0.0):
+        for document in reader.read(part):
+            yield document.text
+
+
+def source_settings(folder: str | None) -> Any:
+    return Text(path=(folder,)) if folder else Stdlib()
+
+
+def train_directly(texts: list[str], vocabulary: int) -> str:
+    """Train with `tokenizers` alone: the same settings as dtt's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+def tiktoken_encoding(text: str) -> Any:
+    """Return tiktoken's encoding with the merges of a byte-level tokenizer.json."""
+    import tiktoken
+    from tokenizers import pre_tokenizers
+
+    # Each byte's printable stand-in, from `tokenizers` itself: bytes 128-255 occur in UTF-8 only
+    # as parts of characters, so their names follow from GPT-2's rule.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    names = {chr(b): b for b in printable}
+    names |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    assert set(names) == set(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = json.loads(text)["model"]["vocab"]
+    ranks = {
+        bytes(names[char] for char in token): rank
+        for token, rank in vocabulary.items()
+        if token not in SPECIAL
+    }
+    return tiktoken.Encoding(
+        "alone", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+def work(spec: dict[str, Any]) -> dict[str, float]:
+    """Measure one variant in this process and return its seconds."""
+    variant, settings = spec["variant"], source_settings(spec["source"])
+    if variant.startswith("dtt tokenize"):
+        return {"seconds": whole_tokenize(spec, settings)}
+    if variant == "dtt":
+        begin = time.perf_counter()
+        train_bpe(documents(settings), spec["vocabulary"], SPECIAL).to_json()
+        return {"seconds": time.perf_counter() - begin}
+    texts = list(documents(settings))
+    if variant == "tokenizers":
+        begin = time.perf_counter()
+        train_directly(texts, spec["vocabulary"])
+        return {"seconds": time.perf_counter() - begin}
+    text = Path(spec["tokenizer"]).read_text(encoding="utf-8")
+    if variant == "tiktoken alone":
+        encoding = tiktoken_encoding(text)
+        begin = time.perf_counter()
+        count = sum(len(encoding.encode_to_numpy(t, disallowed_special=())) for t in texts)
+    else:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(text)
+        begin = time.perf_counter()
+        count = sum(len(tokenizer.encode(t).ids) for t in texts)
+    return {"seconds": time.perf_counter() - begin, "tokens": count}
+
+
+def whole_tokenize(spec: dict[str, Any], settings: Any) -> float:
+    """Return the seconds of what `dtt tokenize` does after its imports."""
+    workers = int(spec["variant"].split()[2])
+    folder = Path(tempfile.mkdtemp(prefix="dtt-tokenizing-"))
+    try:
+        begin = time.perf_counter()
+        data = Data(source=settings, dir=folder, workers=workers)
+        prepare(data, TokenizerFile(path=Path(spec["tokenizer"])))
+        return time.perf_counter() - begin
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(work(json.loads(sys.argv[2]))))
+        return
+    options = parser(__doc__).parse_args()
+    quick, rounds = options.quick, options.rounds or (1 if options.quick else 5)
+    vocabulary = 512 if quick else VOCABULARY
+    with tempfile.TemporaryDirectory() as folder:
+        source = None
+        if quick:
+            texts = [text[:10_000] for text in itertools.islice(documents(Stdlib()), 150)]
+            source = f"{folder}/texts"
+            Path(source).mkdir()
+            for number, text in enumerate(texts):
+                Path(source, f"{number}.txt").write_text(text, encoding="utf-8")
+        texts = list(documents(source_settings(source)))
+        size = sum(len(text.encode()) for text in texts) / 1e6
+        print_heading("Tokenizing", options.threads, quick)
+        print(f"{len(texts):,} documents, {size:.1f} MB, vocabulary {vocabulary}\n")
+        tokenizer = Path(folder) / "tokenizer.json"
+        tokenizer.write_text(train_directly(texts, vocabulary), encoding="utf-8")
+        spec = {"source": source, "vocabulary": vocabulary, "tokenizer": str(tokenizer)}
+        tokens: dict[str, float] = {}
+
+        def measure(variant: str) -> float:
+            found = in_process(__file__, {**spec, "variant": variant})
+            tokens[variant] = found.get("tokens", 0)
+            return size / float(found["seconds"])
+
+        found = take_turns(["tokenizers", "dtt"], measure, max(1, rounds // 2))
+        first = median(found["tokenizers"])
+        rows = [[n, max(v), median(v), ratio(median(v), first)] for n, v in found.items()]
+        print_table(["BPE training", "MB/s, best", "median", "to tokenizers"], rows)
+
+        alone = ["tokenizers alone", "tiktoken alone"]
+        found = take_turns(
+            [*alone, "dtt tokenize 1 worker", "dtt tokenize 2 workers"], measure, rounds
+        )
+        assert tokens[alone[0]] == tokens[alone[1]], "the encoders give different tokens"
+        best = max(median(found[name]) for name in alone)
+        one = median(found["dtt tokenize 1 worker"])
+        rows = [
+            [n, max(v), median(v), ratio(median(v), best), ratio(median(v), one)]
+            for n, v in found.items()
+        ]
+        heads = ["encoding", "MB/s, best", "median", "to the faster encoder", "to 1 worker"]
+        print_table(heads, rows)
+
+
+if __name__ == "__main__":
+    main()

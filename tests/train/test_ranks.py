@@ -1,0 +1,136 @@
+"""Several ranks train the same model as one, however they were started."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import (
+    PRELOADED,
+    STEPS,
+    assert_same_run,
+    build_stepper,
+    command,
+    flags,
+    losses,
+    named_results,
+    small_config,
+    start,
+    step_on_rank,
+    synthetic_batch,
+    wait,
+)
+from torch import Tensor
+
+from dtt.dist import Place, Runtime
+
+pytestmark = pytest.mark.processes
+Uninterrupted = Callable[[int], Path]
+
+
+def gradients(folder: Path, ranks: int, settings: dict[str, str]) -> dict[str, Tensor]:
+    """Gradients and totals of the first step, by name, as rank 0 has them."""
+    if ranks == 1:
+        runtime = Runtime(Place(), torch.device("cpu"))
+        stepper = build_stepper(small_config(settings), runtime)
+        return named_results(stepper, stepper.step(synthetic_batch(0), 0, stop=False))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    arguments = [(folder, settings, rank, ranks, port) for rank in range(ranks)]
+    processes = [context.Process(target=step_on_rank, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return load_file(folder / "gradients.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "dropout", "like"),
+    [
+        (2, "4", "0", "8"),
+        (2, "2", "0", "8"),  # two forwards each, of which only the last one synchronises
+        (4, "1", "0", "8"),
+        (2, "4", "0.1", "4"),  # dropout is keyed by the place of a micro-batch in the step
+        (2, "2", "0.1", "2"),
+    ],
+)
+def test_ranks_and_accumulation_give_the_same_gradients(
+    tmp_path: Path, ranks: int, micro: str, dropout: str, like: str
+) -> None:
+    settings = {"model.dropout": dropout, "training.micro_batch_size": micro}
+    found = gradients(tmp_path, ranks, settings)
+    expected = gradients(tmp_path, 1, settings | {"training.micro_batch_size": like})
+    assert found.keys() == expected.keys() and len(found) > 10
+    assert found.pop("totals")[1] == 1  # the one rank that wanted to stop
+    expected.pop("totals")
+    for name, theirs in expected.items():
+        error = float((found[name] - theirs).norm() / theirs.norm())
+        assert error <= 1e-6, f"{name}: {error:.2g}"
+
+
+def test_a_run_on_two_ranks_is_that_with_two_forwards(
+    folder: Path, uninterrupted: Uninterrupted
+) -> None:
+    done = command(folder, ["train", *flags({"training.micro_batch_size": "4"})])
+    assert done.code == 0
+    one, two = losses(Path("runs/small")), losses(uninterrupted(2))
+    assert one.keys() == two.keys()
+    assert one[1] == pytest.approx(two[1], rel=1e-6)
+    assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-3)
+
+
+def test_torchrun(folder: Path, uninterrupted: Uninterrupted) -> None:
+    """The run is bitwise that of --world-size 2, and what does not fit is refused."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc_per_node", "2", "-m", "dtt.main", "train", *flags()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"done: {STEPS} steps") == 1  # one rank speaks
+    assert_same_run(Path("runs/small"), uninterrupted(2))
+
+
+def test_module_names() -> None:
+    for module in ("dtt", "dtt.main"):
+        command = [sys.executable, "-m", module, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout.startswith("usage: dtt COMMAND")
+
+
+def test_workers_stop_when_their_launcher_dies(folder: Path, uninterrupted: Uninterrupted) -> None:
+    changes = {"parallel.world_size": "2", "logging.every": "1"}
+    process = start(folder, ["train", *flags(changes)], slow=0.05)
+    run, deadline = Path("runs/small"), time.monotonic() + 30
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    assert wait(process, folder).code == -signal.SIGKILL
+    deadline = time.monotonic() + 5
+    while alive := [child for child in children if Path("/proc", child, "cwd").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    assert len(losses(run)) < STEPS
+    done = command(folder, ["train", *flags(changes)])
+    assert done.code == 0 and "continuing" in done.out
+    assert_same_run(run, uninterrupted(2))
