@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,8 +42,9 @@ class Tokenizer(Protocol):
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of the tokenizer's file: equal if and only if the files are equal."""
-    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    """Return a SHA-256: equal if and only if the files and the ends of text are equal."""
+    text = f"{tokenizer.end_of_text} {tokenizer.to_json()}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class CharTokenizer:
@@ -100,29 +101,17 @@ class BpeTokenizer:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
         data = json.loads(text)
-        self.end_of_text_name = data.pop("dtt_end_of_text", None) or end_of_text
-        self._json = json.dumps(data, ensure_ascii=False)
-        self._inner = HuggingFaceTokenizer.from_str(self._json)
+        self._json = text
+        self._inner = HuggingFaceTokenizer.from_str(text)
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
         self._inner.no_padding()
         names = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(names.values()) + 1
-        self.end_of_text = self._find_end(names)
+        self.end_of_text = _find_end(names, end_of_text)
         unknown = data["model"].get("unk_token")
         self.unknown: int | None = names.get(unknown) if unknown else None
         self._fast = _tiktoken_encoding(data)
-
-    def _find_end(self, names: dict[str, int]) -> int:
-        wanted = [self.end_of_text_name] if self.end_of_text_name else list(KNOWN_ENDS)
-        for name in wanted:
-            if name in names:
-                self.end_of_text_name = name
-                return names[name]
-        raise DataError(
-            f"the tokenizer has no token {' or '.join(map(repr, wanted))} that ends a document",
-            "name one of its tokens with tokenizer.end_of_text",
-        )
 
     def encode(self, text: str) -> Ids:
         if self._fast is not None:
@@ -136,7 +125,7 @@ class BpeTokenizer:
         return text
 
     def to_json(self) -> str:
-        return _dump({"dtt_end_of_text": self.end_of_text_name, **json.loads(self._json)})
+        return self._json
 
 
 def train_bpe(
@@ -157,6 +146,12 @@ def train_bpe(
     )
     inner.train_from_iterator(documents, trainer)
     return BpeTokenizer(inner.to_str(), special_tokens[0])
+
+
+def named_end(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of the token that ends a document, if tokenizer settings say one."""
+    special = settings.get("special_tokens")
+    return special[0] if special else settings.get("end_of_text")
 
 
 def parse_tokenizer(text: str, where: str, end_of_text: str | None = None) -> Tokenizer:
@@ -191,6 +186,16 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> Tokenizer:
     except UnicodeDecodeError:
         raise DataError(f"{file} is not a tokenizer: not UTF-8") from None
     return parse_tokenizer(text, str(file), end_of_text)
+
+
+def _find_end(names: dict[str, int], wanted: str | None) -> int:
+    for name in [wanted] if wanted else KNOWN_ENDS:
+        if name in names:
+            return names[name]
+    raise DataError(
+        f"the tokenizer has no token {wanted or ' or '.join(KNOWN_ENDS)} that ends a document",
+        "name one of its tokens with tokenizer.end_of_text",
+    )
 
 
 def _dump(data: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 ROUNDS = 6
+BLOCK = 4096
+"""Samples whose places are computed at once, and kept for the next steps."""
 _MASK = (1 << 64) - 1
 
 
@@ -60,12 +62,25 @@ class WindowOrder:
     def __init__(self, stream_length: int, context: int, seed: int) -> None:
         self.context, self.seed = context, seed
         self._targets = stream_length - 1
+        self._blocks: dict[int, NDArray[np.int64]] = {}
         self.windows = self._targets // context
         if self.windows > 1:
             self.windows = (self._targets - context + 1) // context
 
     def starts(self, first: int, count: int) -> NDArray[np.int64]:
         """Return the stream positions where samples [first, first + count) begin."""
+        numbers = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+        self._blocks = {n: self._block(n) for n in numbers}
+        whole = np.concatenate(list(self._blocks.values()))
+        return whole[first - numbers[0] * BLOCK :][:count]
+
+    def _block(self, number: int) -> NDArray[np.int64]:
+        # One call for many samples: numpy's overhead on a batch of 12 is that of thousands.
+        if number in self._blocks:
+            return self._blocks[number]
+        return self._compute(number * BLOCK, BLOCK)
+
+    def _compute(self, first: int, count: int) -> NDArray[np.int64]:
         samples = np.arange(first, first + count, dtype=np.uint64)
         epochs = samples // np.uint64(self.windows)
         out = np.empty(count, np.int64)

@@ -43,14 +43,25 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one worker reads: items or bytes [start, stop) of `path`; held_out by a tail split."""
+class Piece:
+    """Bytes [start, stop) of a text file; `ends` says whether its last document ends there."""
 
+    path: str
     start: int
     stop: int
-    path: str = ""
-    ends: bool = True
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker reads at a time: items [start, stop) of the source, or pieces of files."""
+
+    index: int
+    start: int = 0
+    stop: int = 0
+    pieces: tuple[Piece, ...] = ()
     held_out: bool | None = None
+    """Which side of a tail split it is on; None where the split is by document."""
 
 
 class SourceReader(Protocol):
@@ -92,7 +103,8 @@ class TalesReader:
         cut = int((1 - tail) * total)
         edges = sorted({*range(0, total, PART_STORIES), cut, total})
         return [
-            Part(a, b, held_out=(a >= cut) if tail else None) for a, b in itertools.pairwise(edges)
+            Part(index, a, b, held_out=(a >= cut) if tail else None)
+            for index, (a, b) in enumerate(itertools.pairwise(edges))
         ]
 
     def read(self, part: Part) -> Iterator[Document]:
@@ -130,17 +142,29 @@ class TextReader:
         }
 
     def parts(self, tail: float) -> list[Part]:
-        cut, offset = (1 - tail) * sum(size for _, size in self.files), 0
         parts: list[Part] = []
+        for held_out, pieces in itertools.groupby(self._pieces(tail), lambda item: item[0]):
+            group: list[Piece] = []
+            for _, piece in pieces:
+                group.append(piece)
+                if sum(p.stop - p.start for p in group) >= PART_BYTES:
+                    parts.append(Part(len(parts), pieces=tuple(group), held_out=held_out))
+                    group = []
+            if group:
+                parts.append(Part(len(parts), pieces=tuple(group), held_out=held_out))
+        return parts
+
+    def _pieces(self, tail: float) -> Iterator[tuple[bool | None, Piece]]:
+        """Yield the pieces of all files in order, each with its side of a tail split."""
+        cut, offset = (1 - tail) * sum(size for _, size in self.files), 0
         for name, size in self.files:
             inside = self._character_start(name, int(cut - offset)) if tail else size
             edges = {0, size} | ({inside} if 0 < inside < size else set())
             if self._cuttable:
                 edges |= self._lines(name, size)
             for a, b in itertools.pairwise(sorted(edges)):
-                parts.append(Part(a, b, name, b in (size, inside), a >= inside if tail else None))
+                yield (a >= inside if tail else None), Piece(name, a, b, b in (size, inside))
             offset += size
-        return parts
 
     def _lines(self, name: str, size: int) -> set[int]:
         """Offsets behind a separator (or the end of a line), one in about PART_BYTES."""
@@ -161,6 +185,10 @@ class TextReader:
         return offset
 
     def read(self, part: Part) -> Iterator[Document]:
+        for piece in part.pieces:
+            yield from self._read_piece(piece)
+
+    def _read_piece(self, part: Piece) -> Iterator[Document]:
         with _open(part.path) as file:
             if not self._cuttable:
                 yield from self._read_whole(file.read(), part)
@@ -183,7 +211,7 @@ class TextReader:
             elif text.strip() if mark else text:
                 yield Document(text, ends=part.ends or mark is not None)
 
-    def _read_whole(self, raw: bytes, part: Part) -> Iterator[Document]:
+    def _read_whole(self, raw: bytes, part: Piece) -> Iterator[Document]:
         """Read a file whose encoding cannot be entered in the middle; offsets are characters."""
         text = self._decode(raw, part.path, 0)
         if text is None:
@@ -238,7 +266,8 @@ class StdlibReader:
             crossing = tail > 0 and before < cut <= before + size
             before += size
             if before >= (len(parts) + 1) * PART_BYTES or crossing or index == len(self.files):
-                parts.append(Part(start, index, held_out=before > cut if tail else None))
+                held_out = before > cut if tail else None
+                parts.append(Part(len(parts), start, index, held_out=held_out))
                 start = index
         return parts
 

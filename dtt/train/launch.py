@@ -162,7 +162,10 @@ def _wait(processes: list[BaseProcess]) -> tuple[int, int] | None:
     """Wait for all; return (rank, code) of the first that failed, having ended the others."""
     bad: list[tuple[int, int]] = []
     deadline = float("inf")
-    while any(process.is_alive() for process in processes):
+    alive = True
+    while alive:
+        # Asked before the exit codes are looked at: one that ends in between has its turn again.
+        alive = any(process.is_alive() for process in processes)
         wait([p.sentinel for p in processes if p.is_alive()], 0.2)
         for rank, process in enumerate(processes):
             code = process.exitcode

@@ -15,7 +15,7 @@ from dtt.dist import choose_device
 from dtt.errors import CheckpointError
 from dtt.model.decoder import Decoder
 from dtt.precision import choose_precision
-from dtt.tokenizer import Tokenizer, fingerprint, parse_tokenizer
+from dtt.tokenizer import Tokenizer, fingerprint, named_end, parse_tokenizer
 from dtt.train.saved import Saved, find_run, open_checkpoint
 
 
@@ -76,7 +76,8 @@ def saved_config(saved: Saved) -> Config:
 def saved_tokenizer(saved: Saved) -> Tokenizer:
     """Return the tokenizer in a checkpoint; CheckpointError if it is not the one trained with."""
     text = saved.files["tokenizer.json"].decode()
-    tokenizer = parse_tokenizer(text, f"{saved.path}/tokenizer.json")
+    end = named_end(saved_config(saved).tokenizer.model_dump())
+    tokenizer = parse_tokenizer(text, f"{saved.path}/tokenizer.json", end)
     if fingerprint(tokenizer) != saved.state["tokenizer"]:
         raise CheckpointError(f"{saved.path}/tokenizer.json is not the run's tokenizer")
     return tokenizer

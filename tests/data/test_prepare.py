@@ -9,7 +9,7 @@ import pytest
 
 from dtt import storage
 from dtt.config.data import Bpe, Byte, Char, Data, Stdlib, Tales, Text, TokenizerFile
-from dtt.data import prepare as module
+from dtt.data.encoding import PartEncoder
 from dtt.data.prepare import open_corpus, prepare
 from dtt.data.shards import read_manifest
 from dtt.data.tales import tales
@@ -100,17 +100,21 @@ def test_interrupted_preparation_continues(tmp_path, monkeypatch):
     data = data.model_copy(update={"dir": tmp_path / "b"})
     done = []
 
-    def stop_after_one(task):
+    def stop_after_one(self, part):
         if done:
             raise KeyboardInterrupt
-        done.append(task[2])
-        original(task)
+        done.append(part.index)
+        original(self, part)
 
-    original = module._encode_part
-    monkeypatch.setattr(module, "_encode_part", stop_after_one)
+    def note(self, part):
+        done.append(part.index)
+        original(self, part)
+
+    original = PartEncoder.__call__
+    monkeypatch.setattr(PartEncoder, "__call__", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         prepare(data, Byte())
-    monkeypatch.setattr(module, "_encode_part", lambda task: (done.append(task[2]), original(task)))
+    monkeypatch.setattr(PartEncoder, "__call__", note)
     again = prepare(data, Byte()).folder
     assert sorted(done) == [0, 1, 2]  # no part was encoded twice
     assert digest(again) == digest(whole)
@@ -119,7 +123,7 @@ def test_interrupted_preparation_continues(tmp_path, monkeypatch):
 def test_prepared_data_is_found_again(tmp_path, monkeypatch):
     data = Data(source=Tales(stories=300), dir=tmp_path, workers=1)
     first = prepare(data, Byte())
-    monkeypatch.setattr(module, "_encode_part", None)
+    monkeypatch.setattr(PartEncoder, "__call__", None)
     assert prepare(data, Byte()).folder == first.folder
     other = data.model_copy(update={"val_fraction": 0.3})
     with pytest.raises(TypeError):
@@ -213,6 +217,25 @@ def test_files_that_are_no_text(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as error:
         corpus_of(tmp_path, source=Text(path=(str(path),)))
     assert error.value.exit_code == 3
+
+
+def test_small_files_share_a_part(tmp_path):
+    for i in range(50):
+        (tmp_path / f"{i:02}.txt").write_text(f"file {i} " * 30)
+    corpus = corpus_of(tmp_path, source=Text(path=(str(tmp_path / "*.txt"),)), val_fraction=0.2)
+    assert len(corpus.manifest.shards["train"]) == 1
+    documents = sum(corpus.manifest.total(split, "documents") for split in ("train", "val"))
+    assert documents == 50
+
+
+def test_tokenizer_file_is_hugging_faces(tmp_path):
+    from tokenizers import Tokenizer
+
+    settings = Bpe(vocab_size=300, special_tokens=("<end>", "<pad>"))
+    corpus = corpus_of(tmp_path, source=Tales(stories=100), tokenizer=settings)
+    file = Tokenizer.from_file(str(corpus.folder / "tokenizer.json"))
+    assert file.encode("once").ids == corpus.tokenizer.encode("once").tolist()
+    assert open_corpus(corpus.folder).tokenizer.end_of_text == file.token_to_id("<end>")
 
 
 def test_folders_and_globs(tmp_path):
