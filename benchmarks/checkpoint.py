@@ -18,7 +18,7 @@ from shapes import QUICK, SHAPES
 from table import median, note, parser, print_heading, print_table, ratio
 from train_step import dtt_step, dtt_stepper, random_stream
 
-from dtt.train.checkpoint import Checkpoints
+from dtt.training.checkpoint import Checkpoints
 
 
 def copy_seconds(size: int) -> float:

@@ -23,7 +23,7 @@ from table import (
     take_turns,
 )
 
-from dtt.generate import Sampling, stream_tokens
+from dtt.generation import Sampling, stream_tokens
 from dtt.model.decoder import Decoder
 
 GREEDY = Sampling(temperature=0)

@@ -56,7 +56,7 @@ LIMITS = {
 def default_steps() -> int:
     """Return the optimizer steps of `dtt train` without arguments."""
     from dtt.config.schema import Config
-    from dtt.train.run import DEFAULT_STEPS
+    from dtt.training.run import DEFAULT_STEPS
 
     return Config().training.max_steps or DEFAULT_STEPS
 

@@ -39,8 +39,8 @@ from dtt.dist import Place, start
 from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
 from dtt.precision import choose_precision
-from dtt.train.batching import Division
-from dtt.train.step import Objective, Stepper
+from dtt.training.batching import Division
+from dtt.training.step import Objective, Stepper
 
 STREAM = 1_000_000
 OURS = "dtt"

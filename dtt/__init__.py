@@ -13,18 +13,18 @@ from dtt.version import __version__
 
 if TYPE_CHECKING:
     from dtt.config.schema import Config
-    from dtt.generate import generate
-    from dtt.train.launch import train
-    from dtt.train.load import load_run
+    from dtt.generation import generate
+    from dtt.training.launch import train
+    from dtt.training.load import load_run
 
 __all__ = ["Config", "__version__", "generate", "load_run", "train"]
 
 # Loaded when first asked for, so that `import dtt` (and `dtt --help`) does not import torch.
 _HOMES = {
     "Config": "dtt.config.schema",
-    "generate": "dtt.generate",
-    "load_run": "dtt.train.load",
-    "train": "dtt.train.launch",
+    "generate": "dtt.generation",
+    "load_run": "dtt.training.load",
+    "train": "dtt.training.launch",
 }
 
 

@@ -5,11 +5,11 @@ Nothing heavy is imported before a command is chosen, so that `dtt --help` is th
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 
-from dtt.errors import EXIT_INTERNAL, ConfigError, DttError, OtherRankError, StorageError
+from dtt.errors import EXIT_INTERRUPTED, ConfigError
+from dtt.reporting import report_error
 from dtt.version import __version__
 
 # name: (summary, module with `run(argv) -> exit code`)
@@ -27,19 +27,7 @@ EXAMPLES = (
     "dtt evaluate runs/book",
     'dtt generate runs/book --prompt "Once upon a time"',
 )
-EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-STORAGE_FIXES = {
-    errno.ENOSPC: "free some space, or choose another folder with --checkpoint-dir",
-    errno.EDQUOT: "free some of your quota, or choose another folder with --checkpoint-dir",
-    errno.EACCES: "change its permissions, or choose another place",
-    errno.EPERM: "change its permissions, or choose another place",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "check the path",
-    errno.EROFS: "choose a place that can be written",
-    errno.EIO: "check the disk, or choose another place",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        return _report(prog, error)
+        return report_error(prog, error)
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
@@ -100,55 +88,3 @@ def _help() -> str:
         "`dtt COMMAND --help` shows a command's options; `dtt --version` the version.\n\n"
         f"examples:\n{examples}"
     )
-
-
-def _report(prog: str, error: Exception) -> int:
-    """Print what went wrong, a line each, and return the exit code of it."""
-    known = _explained(error)
-    if isinstance(known, OtherRankError):
-        return known.exit_code
-    if known is not None:
-        for line in str(known).splitlines():
-            print(f"{prog}: error: {line}", file=sys.stderr)
-        return known.exit_code
-    text = " ".join(str(error).split())
-    text = f"{text[:300]}..." if len(text) > 300 else text
-    if _is_out_of_memory(error):
-        fix = "lower --micro-batch-size, --model.context or the size of the model"
-        print(f"{prog}: error: out of memory: {text or 'no details'}; {fix}", file=sys.stderr)
-    else:
-        fix = "run again with --debug for the traceback, and please report it"
-        what = f"{type(error).__name__}: {text} ({_place(error)})"
-        print(f"{prog}: internal error: {what}; {fix}", file=sys.stderr)
-    return EXIT_INTERNAL
-
-
-def _explained(error: Exception) -> DttError | None:
-    """The error as one of dtt's, where it is one or says as much."""
-    if isinstance(error, DttError):
-        return error
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dtt"):
-        return ConfigError(f"the Python package {error.name!r} is missing", "pip install dtt again")
-    if isinstance(error, OSError) and error.errno in STORAGE_FIXES:
-        name = f"{error.filename}: " if error.filename is not None else ""
-        problem = (error.strerror or str(error)).lower()
-        return StorageError(f"{name}{problem}", STORAGE_FIXES[error.errno])
-    return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name: naming torch's class would import torch.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "t allocate memory" in str(error)
-
-
-def _place(error: Exception) -> str:
-    """The innermost line of dtt on the way to an error, as train/loop.py:57."""
-    place, trace = "", error.__traceback__
-    folder = os.path.dirname(__file__) + os.sep
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if file.startswith(folder) or not place:
-            place = f"{file.removeprefix(folder)}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place

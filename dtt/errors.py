@@ -9,6 +9,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75
 EXIT_INTERNAL = 70
+EXIT_INTERRUPTED = 130
 
 
 class DttError(Exception):

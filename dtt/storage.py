@@ -95,13 +95,16 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def write_stream(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
+def write_stream(
+    path: Path, chunks: Iterable[bytes | memoryview], *, final: Path | None = None
+) -> Written:
     """Write a new file from flat byte buffers, synced, hashed as it is written in one pass.
 
-    `path` must not exist, and its name is durable only after `sync_folder(path.parent)`.
+    `path` must not exist, and its name is durable only after `sync_folder(path.parent)`. Errors
+    name `final` where this is only its temporary file.
     """
     digest, size = hashlib.sha256(), 0
-    with storage_errors(path):
+    with storage_errors(final or path):
         failpoint("storage.open", file=path)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -133,7 +136,7 @@ def write_stream_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> Wri
     """As `write_atomic`, from buffers that are made one after another."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        written = write_stream(temporary, chunks)
+        written = write_stream(temporary, chunks, final=path)
         rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """How many of a model's stories does the grammar of `tales` accept?
 
-    dtt train -n demo
-    python examples/flawless_tales.py runs/demo
+dtt train -n demo
+python examples/flawless_tales.py runs/demo
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train on a text file from Python, then let the model write.
 
-    python examples/own_text.py book.txt
+python examples/own_text.py book.txt
 """
 
 import sys

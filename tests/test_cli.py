@@ -157,7 +157,7 @@ def test_config_command(dtt: Run) -> None:
 
 
 def test_train_calls_the_launcher(dtt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stub(monkeypatch, "dtt.train.launch", "launch_training")
+    calls = stub(monkeypatch, "dtt.training.launch", "launch_training")
     assert dtt("train", "--max-steps", "3", "--resume", "runs/a", "--fresh")[0] == 0
     assert (calls["resume"], calls["fresh"]) == (Path("runs/a"), True)
     assert calls["args"][0].training.max_steps == 3
@@ -177,7 +177,7 @@ def test_tokenize_and_download_call_the_data_layer(
 def test_evaluate_and_generate_pass_their_options(
     dtt: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = stub(monkeypatch, "dtt.evaluate", "evaluate_command")
+    calls = stub(monkeypatch, "dtt.evaluation", "evaluate_command")
     assert dtt("evaluate", "--stride", "5", "--split", "train", "--json")[0] == 0
     assert calls == {
         "args": (),
@@ -191,7 +191,7 @@ def test_evaluate_and_generate_pass_their_options(
         "precision": "auto",
         "json": True,
     }
-    calls = stub(monkeypatch, "dtt.generate", "generate_command")
+    calls = stub(monkeypatch, "dtt.generation", "generate_command")
     Path("p.txt").write_text("from a file", encoding="utf-8")
     line = ["generate", "r", "--prompt", "a", "--prompt", "b", "--prompt-file", "p.txt"]
     assert dtt(*line, "--temperature", "0", "--seed", "0", "--top_k", "3")[0] == 0
@@ -226,4 +226,4 @@ def test_debug_shows_the_traceback(dtt: Run, monkeypatch: pytest.MonkeyPatch) ->
     for words in (["--debug", "train"], ["train", "--debug"]):
         code, _, err = dtt(*words)
         assert code == 70 and "Traceback" in err
-        assert err.splitlines()[-1].startswith("dtt train: internal error: TypeError: wrong")
+        assert err.splitlines()[-1].startswith("dtt train: error: internal error: TypeError: wrong")

@@ -12,7 +12,7 @@ import torch
 import dtt
 from dtt import Config, generate, load_run, train
 from dtt.errors import CheckpointError, ConfigError, DataError
-from dtt.train.launch import Trained
+from dtt.training.launch import Trained
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_importing_dtt_imports_no_torch() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("before", ["", "import dtt.train.launch, dtt.generate; "])
+@pytest.mark.parametrize("before", ["", "import dtt.training.launch, dtt.generation; "])
 def test_the_public_functions_in_a_fresh_interpreter(before: str) -> None:
     """`train` and `generate` are names of modules too, whatever was imported first."""
     code = (

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of text")
     options = parser.parse(argv)
 
-    from dtt.evaluate import evaluate_command
+    from dtt.evaluation import evaluate_command
 
     return evaluate_command(
         run=options.run,

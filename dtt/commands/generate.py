@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
     if not prompts and not options.interactive:
         raise ConfigError("no prompt", "give --prompt TEXT, --prompt-file FILE or --interactive")
 
-    from dtt.generate import generate_command
+    from dtt.generation import generate_command
 
     return generate_command(
         run=options.run,

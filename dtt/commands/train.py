@@ -31,6 +31,6 @@ def run(argv: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
 
-    from dtt.train.launch import launch_training
+    from dtt.training.launch import launch_training
 
     return launch_training(config, resume=options.resume, fresh=options.fresh)

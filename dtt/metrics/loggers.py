@@ -79,7 +79,7 @@ class Reporter:
     """
 
     def __init__(self, folder: Path | None, level: str) -> None:
-        self._log = logging.getLogger("dtt.train")
+        self._log = logging.getLogger("dtt.training")
         self._log.handlers.clear()
         self._log.propagate = False
         self._log.setLevel(LEVELS[level])

@@ -120,4 +120,4 @@ def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         reporter.advance(1)
     reporter.close()
     assert capsys.readouterr() == ("", "")
-    assert logging.getLogger("dtt.train").handlers == []
+    assert logging.getLogger("dtt.training").handlers == []

@@ -205,7 +205,7 @@ def test_gradients_of_a_summed_loss(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
 def test_cached_greedy_text_is_that_of_transformers(family: str) -> None:
-    from dtt.generate import Sampling, stream_tokens
+    from dtt.generation import Sampling, stream_tokens
 
     theirs, ours, _ = pair(family)
     prompt = tokens_of(6)[:1]

@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -27,15 +26,16 @@ from dtt.dist import find_place, leave, start
 from dtt.errors import (
     EXIT_DONE,
     EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
-    DttError,
     OtherRankError,
     PeerError,
 )
-from dtt.train.batching import divide
-from dtt.train.loop import closing_lines, fit
-from dtt.train.picture import draw_loss, sparkline
-from dtt.train.run import open_run, run_folder
+from dtt.reporting import report_error
+from dtt.training.batching import divide
+from dtt.training.loop import closing_lines, fit
+from dtt.training.picture import draw_loss, sparkline
+from dtt.training.run import open_run, run_folder
 
 GRACE = 10.0
 """Seconds that the other workers have to end by themselves when one has failed."""
@@ -134,19 +134,14 @@ def _worker(
         code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
     except OtherRankError as error:
         code = error.exit_code
-    except DttError as error:
-        code = error.exit_code
-        with spoken.get_lock():
-            if not spoken.value:
-                print(f"dtt train: error: {error}", file=sys.stderr, flush=True)
-            spoken.value = 1
     except KeyboardInterrupt:
-        code = EXIT_PREEMPTED
+        code = EXIT_INTERRUPTED
     except Exception as error:
-        lost = isinstance(error, DistError) or "gloo/transport" in str(error)
-        code = PeerError.exit_code if lost else EXIT_INTERNAL
-        if not lost:
-            traceback.print_exc()
+        if isinstance(error, DistError) or "gloo/transport" in str(error):
+            leave(PeerError.exit_code)  # the parent says which rank was lost
+        with spoken.get_lock():
+            code = report_error("dtt train", error, quiet=bool(spoken.value))
+            spoken.value = 1
     leave(code)
 
 

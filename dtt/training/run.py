@@ -31,13 +31,13 @@ from dtt.optim.build import build_optimizer
 from dtt.optim.schedule import warmup_steps
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer, fingerprint
-from dtt.train.batching import divide
-from dtt.train.checkpoint import Checkpoints
-from dtt.train.load import check_weights, saved_config
-from dtt.train.profile import StepProfiler
-from dtt.train.resume import refuse_other_run
-from dtt.train.saved import Saved, open_checkpoint, read
-from dtt.train.step import Objective, Stepper
+from dtt.training.batching import divide
+from dtt.training.checkpoint import Checkpoints
+from dtt.training.load import check_weights, saved_config
+from dtt.training.profile import StepProfiler
+from dtt.training.resume import refuse_other_run
+from dtt.training.saved import Saved, open_checkpoint, read
+from dtt.training.step import Objective, Stepper
 
 DEFAULT_STEPS = 1000
 _REPLICATED: list[nn.Module] = []

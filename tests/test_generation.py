@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtt import generate as module
+from dtt import generation as module
 from dtt.config.model import Learned, Model
 from dtt.config.schema import Config
 from dtt.errors import StorageError
-from dtt.generate import (
+from dtt.generation import (
     Sampling,
     TextStream,
     encode_prompt,
@@ -30,7 +30,7 @@ from dtt.generate import (
 )
 from dtt.model.decoder import Decoder
 from dtt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
-from dtt.train.load import LoadedRun
+from dtt.training.load import LoadedRun
 
 CONTEXT, VOCABULARY = 16, 40
 ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?\n"

@@ -29,13 +29,13 @@ from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
 from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
-from dtt.train.batching import divide
-from dtt.train.saved import open_checkpoint
-from dtt.train.step import Objective, Stepper, StepResult
+from dtt.training.batching import divide
+from dtt.training.saved import open_checkpoint
+from dtt.training.step import Objective, Stepper, StepResult
 
 WORDS = ("the", "a", "cat", "dog", "bird", "saw", "heard", "ran", "to", "from", "big", "small")
 STEPS = 24
-PRELOADED = ["dtt.train.launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
+PRELOADED = ["dtt.training.launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
 SETTINGS = {
     "name": "small",
     "tokenizer.name": "char",

@@ -2,7 +2,7 @@
 
 step-N.<attempt>.tmp/ -> files, hashed as they are written, synced -> manifest -> sync of the
 folder -> rename to step-N -> sync of the parent -> pointers -> retention. docs/training.md shows
-the layout; `dtt.train.saved` reads it.
+the layout; `dtt.training.saved` reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from dtt import storage
 from dtt.errors import DttError, StorageError
 from dtt.storage import Written, failpoint
-from dtt.train.saved import (
+from dtt.training.saved import (
     FORMAT,
     MANIFEST,
     STATE,
@@ -37,7 +37,7 @@ from dtt.train.saved import (
     scan,
     seal,
 )
-from dtt.train.snapshot import Group, Staging, untie, write_tensors
+from dtt.training.snapshot import Group, Staging, untie, write_tensors
 from dtt.version import __version__
 
 __all__ = ["Checkpoints", "Saved", "find_run", "open_checkpoint"]

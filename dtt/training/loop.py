@@ -13,13 +13,13 @@ from torch.nn.utils import get_total_norm
 
 from dtt.config.schema import Config
 from dtt.errors import NumericError
-from dtt.evaluate import evaluate
-from dtt.generate import Sampling, sample_texts
+from dtt.evaluation import evaluate
+from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.optim.schedule import learning_rate
-from dtt.train.preemption import Preemption
-from dtt.train.run import Run, TrainState
-from dtt.train.step import StepResult
+from dtt.training.preemption import Preemption
+from dtt.training.run import Run, TrainState
+from dtt.training.step import StepResult
 
 CALM = (
     "lower optimizer.lr or lengthen schedule.warmup_steps; the same command goes on from the last "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.storage import sha256, storage_errors
-from dtt.train.snapshot import digest
+from dtt.training.snapshot import digest
 from dtt.version import __version__
 
 FORMAT = 1
@@ -110,10 +110,10 @@ def _contents(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, bytes], d
     groups = {entry["file"]: group for group, entry in manifest["tensors"].items()}
     for name, entry in manifest["files"].items():
         file = _member(path, name)
-        if file.stat().st_size != entry["size"]:
-            size = f"{file.stat().st_size} bytes instead of {entry['size']}"
-            raise _damaged(path, name, size)
         try:
+            size = file.stat().st_size
+            if size != entry["size"]:
+                raise _damaged(path, name, f"{size} bytes instead of {entry['size']}")
             if name in groups:  # opened before it is hashed, so that it cannot be swapped
                 opened[groups[name]] = safe_open(file, framework="pt")
                 found = sha256(file)

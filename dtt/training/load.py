@@ -16,7 +16,7 @@ from dtt.errors import CheckpointError
 from dtt.model.decoder import Decoder
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer, fingerprint, named_end, parse_tokenizer
-from dtt.train.saved import Saved, find_run, open_checkpoint
+from dtt.training.saved import Saved, find_run, open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtt.dist import Place, Runtime
 from dtt.optim.schedule import learning_rate
-from dtt.train.step import Stepper
+from dtt.training.step import Stepper
 
 ALONE = Runtime(Place(), torch.device("cpu"))
 

@@ -9,7 +9,7 @@ from dtt.config.schema import Config
 from dtt.data.prepare import Corpus
 from dtt.errors import CheckpointError
 from dtt.tokenizer import fingerprint
-from dtt.train.saved import Saved
+from dtt.training.saved import Saved
 
 IDENTITY = ("seed", "model", "tokenizer", "data", "training.batch_size", "optimizer.name")
 """Settings that a continued run must share with its checkpoint..."""

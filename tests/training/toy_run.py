@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dtt import storage
-from dtt.train import checkpoint, saved
-from dtt.train.checkpoint import Checkpoints
+from dtt.training import checkpoint, saved
+from dtt.training.checkpoint import Checkpoints
 
 FILES = {"config.yaml": b"model: {}\n", "tokenizer/merges.txt": b"a b\n"}
 CONTENT = ["model.safetensors", "optimizer.safetensors", "state.json", *FILES, "manifest.json"]

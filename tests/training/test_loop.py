@@ -17,11 +17,11 @@ from small_run import flags, losses, small_config
 from dtt.cli import main
 from dtt.config.schema import Training
 from dtt.errors import ConfigError, NumericError
-from dtt.train.batching import divide
-from dtt.train.loop import Due, Readings
-from dtt.train.picture import draw_loss, sparkline
-from dtt.train.preemption import SIGNALS, Preemption
-from dtt.train.step import StepResult
+from dtt.training.batching import divide
+from dtt.training.loop import Due, Readings
+from dtt.training.picture import draw_loss, sparkline
+from dtt.training.preemption import SIGNALS, Preemption
+from dtt.training.step import StepResult
 
 
 def due(steps: int = 10, steps_per_epoch: float = 4.0, **changes: str) -> Due:

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtt import evaluate as module
+from dtt import evaluation as module
 from dtt.config.data import Byte, Char, Data, Tales, Text
 from dtt.config.model import Model
 from dtt.config.schema import Config
 from dtt.data.prepare import Corpus, prepare
 from dtt.dist import Place, Runtime
 from dtt.errors import ConfigError, DataError
-from dtt.evaluate import Evaluation, evaluate, evaluate_command
+from dtt.evaluation import Evaluation, evaluate, evaluate_command
 from dtt.model.decoder import Decoder
-from dtt.train.load import LoadedRun
+from dtt.training.load import LoadedRun
 
 CONTEXT = 16
 ALONE = Runtime(Place(), torch.device("cpu"))

@@ -70,7 +70,7 @@ def test_killed_at_random_steps(
 ) -> None:
     draw, changes = random.Random(seed), {"parallel.world_size": str(ranks)}
     for _ in range(3):
-        done = train(folder, changes, die=(draw.randrange(ranks), draw.randint(2, 8)))
+        done = train(folder, changes, die=(draw.randrange(ranks), draw.randint(5, 8)), slow=0.03)
         assert done.code == (-signal.SIGKILL if ranks == 1 else 7)
         if ranks == 2:
             assert "died by SIGKILL; the same command goes on" in done.err

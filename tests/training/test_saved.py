@@ -24,8 +24,8 @@ from toy_run import (
 
 from dtt import storage
 from dtt.errors import CheckpointError
-from dtt.train import saved
-from dtt.train.checkpoint import find_run, open_checkpoint
+from dtt.training import saved
+from dtt.training.checkpoint import find_run, open_checkpoint
 
 
 @pytest.mark.parametrize("name", CONTENT)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from dtt.errors import EXIT_DONE
 from dtt.model.attention import Cache
 from dtt.model.decoder import Decoder
 from dtt.tokenizer import Tokenizer
-from dtt.train.load import LoadedRun, load_run
+from dtt.training.load import LoadedRun, load_run
 
 
 @dataclass(frozen=True)
@@ -361,12 +360,3 @@ def _styled(text: str, style: str) -> str:
 def _printable(text: str) -> str:
     """On a terminal, take from a text the characters that would control it."""
     return text.translate(CONTROLS) if sys.stdout.isatty() else text
-
-
-class _Callable(ModuleType):
-    """`from dtt import generate` finds this module, so it can be called like its function."""
-
-    __call__ = staticmethod(generate)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -26,8 +26,8 @@ from toy_run import (
 )
 
 from dtt.errors import CheckpointError, StorageError
-from dtt.train.checkpoint import open_checkpoint
-from dtt.train.snapshot import digest, untie, write_tensors
+from dtt.training.checkpoint import open_checkpoint
+from dtt.training.snapshot import digest, untie, write_tensors
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -18,7 +18,7 @@ from small_run import STEPS, command, final_tensors, flags, losses
 
 from dtt import storage
 from dtt.cli import main
-from dtt.train.saved import seal
+from dtt.training.saved import seal
 
 RUN = "runs/small"
 NEWEST = f"{RUN}/checkpoints/step-{STEPS:08d}"

@@ -21,7 +21,7 @@ from dtt.metrics.loggers import perplexity
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
 from dtt.tokenizer import fingerprint
-from dtt.train.load import load_run
+from dtt.training.load import load_run
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dtt.dist import Runtime
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
 from dtt.optim.build import Optimizers, clip_gradients
-from dtt.train.batching import Division
+from dtt.training.batching import Division
 
 
 class Objective(nn.Module):
