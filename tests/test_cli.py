@@ -209,7 +209,7 @@ def test_evaluate_and_generate_pass_their_options(
         (OSError(errno.ENOSPC, "No space left", "f.bin"), 5, "error: f.bin: no space left; free"),
         (PermissionError(errno.EACCES, "Denied", "f"), 5, "error: f: denied; change its perm"),
         (ModuleNotFoundError("no", name="torch"), 2, "error: the Python package 'torch' is"),
-        (TypeError("a\nb"), 70, "internal error: TypeError: a b (cli.py:"),
+        (TypeError("a\nb"), 70, "error: internal error: TypeError: a b (cli.py:"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_one_line(
