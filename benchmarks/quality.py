@@ -42,7 +42,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     # The same tokens and the same size, with dtt's model and optimizer.
     "shakespeare-ours": (*SHAKESPEARE, "--optimizer", "muon", "--lr", "4e-3"),
     "tales-demo": (),
-    "tales-10x": ("--max-steps", "{ten times the default}"),
+    "tales-10x": ("--max-steps", "{ten times the default}", "--data.source.stories", "200000"),
 }
 LIMITS = {
     "shakespeare-nanogpt": ("loss", 1.92),

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtt.allocator import keep_freed_memory
 from dtt.errors import ConfigError, DttError, OtherRankError, PeerError
+from dtt.machine import cores, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -128,9 +128,8 @@ def start(place: Place, device: str, threads: int | None) -> Runtime:
     """
     chosen = choose_device(device, place.local_rank)
     if chosen.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         keep_freed_memory()
-        torch.set_num_threads(threads or max(1, (cores or 1) // place.local_ranks))
+        torch.set_num_threads(threads or max(1, cores() // place.local_ranks))
     elif chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if place.ranks > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,6 @@ from dtt.errors import EXIT_DONE, ConfigError, DataError
 from dtt.metrics.loggers import perplexity
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
-from dtt.tokenizer import fingerprint
 from dtt.training.load import load_run
 
 
@@ -50,6 +50,11 @@ class Evaluation:
         if self.floor is not None and self.above_floor is not None:
             text += f" (floor {self.floor:.4f}, {self.above_floor:+.1%})"
         return text
+
+
+def _total(values: Tensor, runtime: Runtime) -> Tensor:
+    """Add up over ranks; a single device, such as mps, may not have fp64."""
+    return runtime.sum(values.to(runtime.device)).cpu() if runtime.ranks > 1 else values
 
 
 def sum_loss(model: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -91,10 +96,10 @@ def evaluate(
     with torch.inference_mode():
         for batch in batches:
             targets = batch.targets.to(runtime.device)
-            totals[0] += sum_loss(model, batch.tokens.to(runtime.device), targets).double().cpu()
+            totals[0] += sum_loss(model, batch.tokens.to(runtime.device), targets).cpu().double()
             totals[1] += int((batch.targets != IGNORED).sum())
     model.train(was_training)
-    nats, count = (float(x) for x in runtime.sum(totals.to(runtime.device)).cpu())
+    nats, count = (float(x) for x in _total(totals, runtime))
     manifest = corpus.manifest
     # Bytes per token of the whole split, also where only a part of it was evaluated.
     size = manifest.total(split, "bytes") * count / manifest.total(split, "tokens")
@@ -106,6 +111,10 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / size,
         floor=ideal / manifest.total(split, "bytes") if ideal else None,
     )
+
+
+def _warn(text: str) -> None:
+    print(f"dtt evaluate: warning: {text}", file=sys.stderr)
 
 
 def evaluate_command(
@@ -121,7 +130,7 @@ def evaluate_command(
     json: bool,
 ) -> int:
     """Print the figures of a run's checkpoint on its own corpus; return the exit code."""
-    loaded = load_run(run, checkpoint=checkpoint, device=device, precision=precision)
+    loaded = load_run(run, checkpoint=checkpoint, device=device, precision=precision, cast=False)
     config = loaded.config
     if stride is not None and stride > config.model.context:
         raise ConfigError(
@@ -129,10 +138,11 @@ def evaluate_command(
             "some tokens would be left out: use a shorter stride",
         )
     with progress() as advance:
-        corpus = prepare(config.data, config.tokenizer, advance=advance)
-    if fingerprint(corpus.tokenizer) != fingerprint(loaded.tokenizer):
+        corpus = prepare(config.data, config.tokenizer, report=_warn, advance=advance)
+    if corpus.folder.name != loaded.corpus:
         raise DataError(
-            f"{corpus.folder} has other tokens than {loaded.folder} was trained on",
+            f"the text has changed since {loaded.folder} was trained: {corpus.folder} is not "
+            f"{loaded.corpus}",
             "restore the text that it was trained on",
         )
     runtime = Runtime(Place(), loaded.model.embed.weight.device)

@@ -145,6 +145,8 @@ def sample_texts(
     advance: Advance = lambda phase, done, total: None,
 ) -> list[str]:
     """Return a continuation of each prompt, of at most `count` tokens, without the prompt."""
+    if not prompts:
+        return []
     was_training = model.training
     model.eval()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -264,7 +266,7 @@ def generate_command(
             advance=advance,
         )
     whole = "\n\n".join(prompt + text for prompt, text in zip(wanted, texts, strict=True))
-    storage.write_atomic(output, whole + "\n")
+    storage.write_atomic(output, (whole + "\n").encode("utf-8", "replace"))
     print(f"{len(wanted)} text{'s' * (len(wanted) > 1)} written to {output}")
     return EXIT_DONE
 

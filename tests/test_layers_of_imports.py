@@ -16,7 +16,7 @@ ROWS = {
     "dtt.errors": 0,
     "dtt.reporting": 0,
     "dtt.version": 0,
-    "dtt.allocator": 0,
+    "dtt.machine": 0,
     "dtt.precision": 0,
     "dtt.dist": 0,
     "dtt.storage": 0,

@@ -10,7 +10,7 @@ from dtt.config.load import to_yaml
 DESCRIPTION = "Write a corpus to a text file."
 EXAMPLES = (
     "dtt download -d tales -o tales.txt",
-    "dtt download -d tales --data.source.size 1000000 -o small.txt",
+    "dtt download -d tales --data.source.stories 1000 -o small.txt",
     "dtt download -d stdlib -o stdlib.txt",
 )
 

@@ -32,7 +32,7 @@ class Bpe(Section):
     """Which tokenizer."""
     vocab_size: int = Field(1024, ge=257)
     """Number of tokens, the 256 bytes and the special tokens included."""
-    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    special_tokens: Annotated[tuple[str, ...], Field(min_length=1)] = ("<|endoftext|>",)
     """Tokens that no text produces; the first one separates documents."""
     train_bytes: int = Field(100_000_000, gt=0)
     """Train on a seeded sample of at most this many bytes."""

@@ -84,7 +84,7 @@ def _dataset(given: Given, flag: str, text: str) -> None:
         given.dataset = text
     else:
         _data_path(given, flag, text)
-        if not text.endswith(".txt"):
+        if not all(name.strip(" []\"'").endswith(".txt") for name in text.split(",")):
             given.implied.clear()
 
 

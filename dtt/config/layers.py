@@ -59,6 +59,14 @@ def preset_layers(name: str, where: str) -> list[Layer]:
     return _layers(name, FOLDER, where, ())
 
 
+def preset_model(name: str) -> Tree:
+    """The model settings of a preset. ConfigError if there is none of that name."""
+    tree: Tree = {}
+    for layer in preset_layers(name, "model.preset: "):
+        tree |= layer.tree.get("model") or {}
+    return tree
+
+
 def _layers(name: str, folder: Path, where: str, open_files: tuple[Path, ...]) -> list[Layer]:
     path = folder / name
     if not exists(path) and name in preset_names():

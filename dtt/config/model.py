@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,7 +66,7 @@ class Model(Section):
     """Width of a head; null: dim / heads."""
     hidden: int | None = Field(None, gt=0)
     """Width of the MLP; null: 4 dim, or 8/3 dim rounded up to a multiple of 64 for swiglu."""
-    context: int = Field(128, gt=0)
+    context: int = Field(256, gt=0)
     """Longest sequence, in tokens; training windows have this length."""
     vocab_size: int | None = Field(None, gt=0)
     """Rows of the embedding; null: the tokenizer's size. Larger is padding, smaller is an error."""
@@ -90,6 +90,16 @@ class Model(Section):
     """Share of activations dropped in training."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, data: Any) -> Any:
+        # In a file or on a command line this is done before; here for `Config(model={...})`.
+        if isinstance(data, dict) and isinstance(data.get("preset"), str):
+            from dtt.config.layers import preset_model
+
+            return preset_model(data["preset"]) | data
+        return data
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dtt.config.section import Section
 
@@ -56,7 +56,7 @@ class Muon(Section):
 
     name: Literal["muon"] = "muon"
     """Which optimizer."""
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(4e-3, gt=0)
     """Peak learning rate, on AdamW's scale for both (updates are matched in RMS to AdamW's)."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay, on matrices only."""
@@ -87,3 +87,9 @@ class Schedule(Section):
     """Last learning rate / peak."""
     decay_fraction: float = Field(0.3, gt=0, le=1)
     """wsd: share of the run that decays."""
+
+    @model_validator(mode="after")
+    def _exponential_ends_above_zero(self) -> Schedule:
+        if self.name == "exponential" and self.min_lr_ratio == 0:
+            raise ValueError("an exponential never reaches min_lr_ratio 0: set it above 0")
+        return self

@@ -6,10 +6,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 from dtt import storage
 from dtt.data.shards import SPLITS, Shard, write_shard
 from dtt.data.sources import Document, Part, SourceReader
+from dtt.machine import cores
 from dtt.tokenizer import Tokenizer
 
 
@@ -121,7 +125,7 @@ def map_parts(
     function: Callable[[Part], Any], parts: Sequence[Part], workers: int
 ) -> Iterator[Any]:
     """Apply `function` to each part, in order, on all cores (or `workers` processes)."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(parts))
+    workers = min(workers or cores(), len(parts))
     if workers <= 1:
         yield from map(function, parts)
         return
@@ -140,6 +144,15 @@ def map_parts(
 def _begin(function: Callable[[Part], Any]) -> None:
     global _function
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _apply(part: Part) -> Any:

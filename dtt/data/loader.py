@@ -35,10 +35,18 @@ class Loader:
     """Training batches: step s of a run takes samples [s B, (s + 1) B) of the run's order.
 
     A rank takes a contiguous share, so the samples of a step do not depend on the number of ranks.
+    With `pin` batches are in pinned memory, for copies to a GPU that nothing waits for.
     """
 
     def __init__(
-        self, stream: TokenStream, context: int, batch_size: int, seed: int, rank: int, ranks: int
+        self,
+        stream: TokenStream,
+        context: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        pin: bool = False,
     ) -> None:
         have, need = len(stream), context + 1
         if have < need:
@@ -50,6 +58,7 @@ class Loader:
         self.order = WindowOrder(len(stream), context, seed)
         self.stream, self.context, self.batch_size = stream, context, batch_size
         self._share = batch_size // ranks
+        self._pin = pin
         self._first = rank * self._share
 
     @property
@@ -62,7 +71,7 @@ class Loader:
         starts = self.order.starts(step * self.batch_size + self._first, self._share)
         rows = np.stack([self.stream.read(start, self.context + 1) for start in starts.tolist()])
         both = torch.from_numpy(rows)
-        if torch.cuda.is_available():
+        if self._pin:
             both = both.pin_memory()
         return Batch(both[:, :-1], both[:, 1:], tuple(starts.tolist()))
 

@@ -48,6 +48,9 @@ from dtt.tokenizer import (
 DOCUMENTS_FOR_SPLIT = 20
 """With fewer documents than this a split by document says little; `auto` takes the tail."""
 
+VERIFIED_TOKENS = 200_000_000
+"""Prepared data of up to so many tokens is hashed each time it is opened: a second at most."""
+
 Report = Callable[[str], None]
 
 
@@ -101,11 +104,15 @@ def prepare(
     first. Killed at any moment and started again, it continues with the parts that are missing.
     """
     plan = _plan(data, tokenizer)
-    with storage.exclusive(plan.folder.with_suffix(".lock")):
+    lock = plan.folder.with_name(f"{plan.folder.name}.lock")
+    with storage.exclusive(lock, lambda: report(f"waiting for the process that makes {lock.stem}")):
         if force:
             shutil.rmtree(plan.folder, ignore_errors=True)
         if (plan.folder / "manifest.json").exists():
-            return open_corpus(plan.folder)
+            corpus = open_corpus(plan.folder)
+            for name in SPLITS:
+                corpus.stream(name).verify(VERIFIED_TOKENS)
+            return corpus
         plan.folder.mkdir(parents=True, exist_ok=True)
         made = _tokenizer(plan, tokenizer, advance)
         rows = _encode(plan, made, advance)

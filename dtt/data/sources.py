@@ -25,7 +25,7 @@ from dtt.errors import DataError
 PART_BYTES = 4 << 20
 PART_STORIES = 2500
 # Encodings in which a line feed is the byte 10 and nothing else has that byte: files can be cut.
-CUTTABLE = {"utf-8", "utf-8-sig", "ascii", *(f"iso8859-{n}" for n in range(1, 17))} | {
+CUTTABLE = {"utf-8", "ascii", *(f"iso8859-{n}" for n in range(1, 17))} | {
     f"cp{n}" for n in (*range(1250, 1259), 437, 850)
 }
 HASH_WHOLE_BELOW = 1 << 30
@@ -121,7 +121,10 @@ class TextReader:
         if not any(size for _, size in self.files):
             names = ", ".join(settings.path)
             raise DataError(f"{names}: the text is empty", "give a file with text in it")
-        self._cuttable = codecs.lookup(settings.encoding).name in CUTTABLE
+        # A byte-order mark is taken off below, so that it is not in every separator too.
+        name = codecs.lookup(settings.encoding).name
+        self.encoding = "utf-8" if name == "utf-8-sig" else name
+        self._cuttable = self.encoding in CUTTABLE
         if not self._cuttable:
             self.files = [(name, self._length(name)) for name, _ in self.files]
 
@@ -130,7 +133,13 @@ class TextReader:
             return len(self._decode(file.read(), name, 0) or "")
 
     def documents(self) -> int | None:
-        return None if self.settings.separator else len(self.files)
+        if not self.settings.separator:
+            return len(self.files)
+        if sum(size for _, size in self.files) > PART_BYTES:
+            return None
+        count = sum(1 for part in self.parts(0.0) for _ in self.read(part))
+        self.skipped = 0
+        return count
 
     def fingerprint(self) -> dict[str, Any]:
         whole = sum(size for _, size in self.files) <= HASH_WHOLE_BELOW
@@ -160,7 +169,8 @@ class TextReader:
         for name, size in self.files:
             inside = self._character_start(name, int(cut - offset)) if tail else size
             edges = {0, size} | ({inside} if 0 < inside < size else set())
-            if self._cuttable:
+            # A part of a file knows nothing of the rest, and the split is by whole documents.
+            if self._cuttable and (tail or self.settings.separator):
                 edges |= self._lines(name, size)
             for a, b in itertools.pairwise(sorted(edges)):
                 yield (a >= inside if tail else None), Piece(name, a, b, b in (size, inside))
@@ -168,13 +178,13 @@ class TextReader:
 
     def _lines(self, name: str, size: int) -> set[int]:
         """Offsets behind a separator (or the end of a line), one in about PART_BYTES."""
-        mark = (self.settings.separator or "\n").encode(self.settings.encoding)
+        mark = (self.settings.separator or "\n").encode(self.encoding)
         with _open(name) as file:
             return {_after(file, mark, start) for start in range(PART_BYTES, size, PART_BYTES)}
 
     def _character_start(self, name: str, offset: int) -> int:
         """The nearest offset at or before `offset` where a character begins."""
-        utf8 = codecs.lookup(self.settings.encoding).name.startswith("utf-8")
+        utf8 = self.encoding == "utf-8"
         with _open(name) as file:
             while utf8 and offset > 0:
                 file.seek(offset)
@@ -202,7 +212,7 @@ class TextReader:
                 "give a text file (or say its data.source.encoding, such as utf-16)",
             )
         separator, offset = self.settings.separator, part.start
-        mark = separator.encode(self.settings.encoding) if separator else None
+        mark = separator.encode(self.encoding) if separator else None
         for piece in raw.split(mark) if mark else [raw]:
             text = self._decode(piece, part.path, offset)
             offset += len(piece) + len(mark or b"")
@@ -223,7 +233,7 @@ class TextReader:
                 yield Document(piece, ends=part.ends or mark is not None)
 
     def _decode(self, raw: bytes, name: str, offset: int) -> str | None:
-        encoding, on_bad = self.settings.encoding, self.settings.on_bad
+        encoding, on_bad = self.encoding, self.settings.on_bad
         try:
             text = raw.decode(encoding, "replace" if on_bad == "replace" else "strict")
         except UnicodeDecodeError as error:

@@ -33,8 +33,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = b"".join(_lines_up_to(path, resumed_step))
-        storage.write_atomic(path, kept)
+        trim_lines(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **figures: Any) -> None:
@@ -45,6 +44,11 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def trim_lines(path: Path, step: int) -> None:
+    """Keep of a .jsonl the lines up to `step`, whole ones; make it if it is not there."""
+    storage.write_atomic(path, b"".join(_lines_up_to(path, step)))
 
 
 def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
@@ -129,8 +133,8 @@ class Reporter:
         if self._console is not None and self._log.isEnabledFor(logging.WARNING):
             print(f"dtt: warning: {text}", file=sys.stderr, flush=True)
 
-    def error(self, text: str) -> None:
-        """Write a line, such as a traceback, to the log file only."""
+    def trace(self, text: str) -> None:
+        """Write a traceback, to the log file only."""
         self._log.error(text)
 
     def step(self, step: int, figures: dict[str, float]) -> None:

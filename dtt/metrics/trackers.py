@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dtt.errors import ConfigError
-
 WANDB_INIT_SECONDS = 20
 """wandb's own default waits for 101 s when its server is down."""
 
@@ -29,10 +27,8 @@ class TensorBoard:
     """Event files in RUN/tensorboard, for `tensorboard --logdir RUN/tensorboard`."""
 
     def __init__(self, folder: Path, config: dict[str, Any], warn: Warn) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, figures: Mapping[str, float | None]) -> None:
@@ -51,10 +47,8 @@ class Wandb:
     """A W&B run; offline (`wandb sync` later) if WANDB_MODE says so or the server is not there."""
 
     def __init__(self, folder: Path, config: dict[str, Any], warn: Warn) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        import wandb
+
         options: dict[str, Any] = {
             "project": "dtt",
             "name": folder.name,
@@ -82,10 +76,3 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any], Warn], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
 }
-
-
-def _missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"logging.{package} is on, but the package {package} is missing",
-        f"pip install 'dtt[{package}]', or leave it off",
-    )

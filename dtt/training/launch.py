@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -22,20 +23,23 @@ from torch.distributed import DistError
 
 from dtt.config.load import named
 from dtt.config.schema import Config
+from dtt.data.prepare import prepare
+from dtt.data.progress import progress
 from dtt.dist import find_place, leave, start
 from dtt.errors import (
     EXIT_DONE,
-    EXIT_INTERNAL,
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
-    OtherRankError,
+    ConfigError,
+    DataError,
     PeerError,
 )
 from dtt.reporting import report_error
 from dtt.training.batching import divide
+from dtt.training.folder import run_folder
 from dtt.training.loop import closing_lines, fit
 from dtt.training.picture import draw_loss, sparkline
-from dtt.training.run import open_run, run_folder
+from dtt.training.run import open_run
 
 GRACE = 10.0
 """Seconds that the other workers have to end by themselves when one has failed."""
@@ -58,6 +62,11 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
     Continues the run of this name if there is one. Raises the errors of dtt.errors.
     """
     config, place = named(config), find_place(os.environ)
+    if place.launcher == "none" and config.parallel.world_size > 1:
+        raise ConfigError(
+            f"parallel.world_size is {config.parallel.world_size}, but this is one process",
+            "start workers with `dtt train` or torchrun",
+        )
     divide(config.training, place.ranks)
     runtime = start(place, config.training.device, config.training.threads)
     begun = time.perf_counter()
@@ -84,14 +93,42 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
     if place.launcher == "none" and workers > 1:
         divide(config.training, workers)
         return _run_workers(config, workers, resume, fresh)
-    code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
     if place.ranks > 1:
-        leave(code)
-    return code
+        leave(_rank(config, resume, fresh, place.rank == 0))
+    return EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
+
+
+def _rank(
+    config: Config, resume: str | Path | None, fresh: bool, speaks: bool, spoken: Any = None
+) -> int:
+    """Train as one of several ranks and return the exit code.
+
+    What ends all ranks alike is said once: by the rank that `speaks`, or, where ranks share the
+    flag `spoken`, by the first that fails.
+    """
+    try:
+        return EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if config.logging.level == "debug":
+            traceback.print_exc()
+        if isinstance(error, DistError) or "gloo/transport" in str(error):
+            lost = PeerError("another rank was lost", "see its messages; the same command goes on")
+            return report_error("dtt train", lost, quiet=spoken is not None)
+        if spoken is None:
+            shared = isinstance(error, ConfigError | DataError)
+            return report_error("dtt train", error, quiet=shared and not speaks)
+        with spoken.get_lock():
+            code = report_error("dtt train", error, quiet=bool(spoken.value))
+            spoken.value = 1
+        return code
 
 
 def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh: bool) -> int:
     """Fork one process per rank and wait; the first that fails decides the exit code."""
+    with progress() as advance:  # not while ranks wait for each other, which has a time limit
+        prepare(config.data, config.tokenizer, report=_warn, advance=advance)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     # Forked workers share the imports of this process, which must not have used OpenMP or CUDA.
     start_method = "fork" if sys.platform == "linux" else "spawn"
@@ -113,7 +150,8 @@ def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh:
         name = signal.Signals(-code).name
         raise PeerError(
             f"rank {rank} of {workers} died by {name}",
-            f"the same command goes on from the last checkpoint in {run_folder(config)}",
+            f"the same command{' without --fresh' * fresh} goes on from the last checkpoint in "
+            f"{run_folder(config)}",
         )
     return code
 
@@ -129,20 +167,7 @@ def _worker(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks)
     )
     threading.Thread(target=_follow_parent, daemon=True).start()
-    code = EXIT_INTERNAL
-    try:
-        code = EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
-    except OtherRankError as error:
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    except Exception as error:
-        if isinstance(error, DistError) or "gloo/transport" in str(error):
-            leave(PeerError.exit_code)  # the parent says which rank was lost
-        with spoken.get_lock():
-            code = report_error("dtt train", error, quiet=bool(spoken.value))
-            spoken.value = 1
-    leave(code)
+    leave(_rank(config, resume, fresh, True, spoken))
 
 
 def _follow_parent() -> None:
@@ -192,6 +217,10 @@ def _forwarded_signals(processes: list[BaseProcess]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _warn(text: str) -> None:
+    print(f"dtt train: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from dtt.config.explain import error_lines
 from dtt.config.schema import Config
 from dtt.config.yaml_text import parse_yaml
 from dtt.dist import choose_device
-from dtt.errors import CheckpointError
+from dtt.errors import CheckpointError, ConfigError
 from dtt.model.decoder import Decoder
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer, fingerprint, named_end, parse_tokenizer
@@ -27,8 +28,10 @@ class LoadedRun:
     step: int
     config: Config
     tokenizer: Tokenizer
+    corpus: str
+    """Name of the prepared data that it was trained on."""
     model: Decoder
-    """In evaluation mode, parameters in the compute type."""
+    """In evaluation mode."""
 
 
 def load_run(
@@ -37,26 +40,36 @@ def load_run(
     checkpoint: str = "best",
     device: str = "auto",
     precision: str = "auto",
+    cast: bool = True,
 ) -> LoadedRun:
     """Load the model of a run folder; None: the newest run below ./runs.
 
     `checkpoint` is "best" (lowest validation loss, or the last where none was measured), "last" or
     a step; `path` may also be one checkpoint's folder. Raises CheckpointError if there is no such
-    run, or it is damaged.
+    run, or it is damaged. `precision` "auto" is the run's own, as far as the device has it. With
+    `cast` parameters are put into the compute type, which is what generation reads fastest;
+    without, they stay in fp32, as in training.
     """
     folder = find_run(Path(path) if path is not None else None)
     saved = open_checkpoint(Path(path) if path is not None else folder, checkpoint)
     config = saved_config(saved)
     tokenizer = saved_tokenizer(saved)
     chosen = choose_device(device)
-    dtype, _ = choose_precision(precision, chosen)
+    dtype = _precision(precision, config, chosen)
     with torch.device("meta"):
         model = Decoder(config.model)
     weights = saved.tensors("model")
     check_weights(model, weights, saved.path)
     model.load_state_dict(weights, assign=True)
-    model.compute_in(dtype).to(device=chosen, dtype=dtype).eval()
-    return LoadedRun(folder, saved.step, config, tokenizer, model)
+    model.compute_in(dtype).to(device=chosen, dtype=dtype if cast else None).eval()
+    return LoadedRun(folder, saved.step, config, tokenizer, saved.state["corpus"], model)
+
+
+def _precision(asked: str, config: Config, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        with suppress(ConfigError):
+            return choose_precision(config.training.precision, device)[0]
+    return choose_precision(asked, device)[0]
 
 
 def saved_config(saved: Saved) -> Config:

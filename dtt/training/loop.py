@@ -21,10 +21,7 @@ from dtt.training.preemption import Preemption
 from dtt.training.run import Run, TrainState
 from dtt.training.step import StepResult
 
-CALM = (
-    "lower optimizer.lr or lengthen schedule.warmup_steps; the same command goes on from the last "
-    "checkpoint"
-)
+CALM = "lower optimizer.lr or lengthen schedule.warmup_steps, and go on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -209,11 +206,9 @@ def closing_lines(run: Run, seconds: float) -> Iterator[str]:
     """What a person wants to know at the end, and what to do next."""
     state = run.state
     if state.step < run.steps:
-        yield (
-            f"stopped at step {state.step} of {run.steps}, saved; "
-            "the same command goes on from there"
-        )
+        yield f"stopped at step {state.step} of {run.steps}, saved; {run.again} goes on from there"
         return
-    yield f"done: {run.steps} steps in {short_duration(seconds)}; everything is in {run.folder}"
+    done, duration = run.steps - run.begun_at, short_duration(seconds)
+    yield f"done: {done} steps in {duration}; everything is in {run.folder}"
     yield f"  dtt evaluate {run.folder}"
     yield f'  dtt generate {run.folder} --prompt "..."'

@@ -14,10 +14,7 @@ BARS = "▁▂▃▄▅▆▇█"
 def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """Write loss.png into a run folder and return its path; None where matplotlib is missing."""
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ModuleNotFoundError:
         warn("no picture of the loss: matplotlib is missing; pip install 'dtt[plot]'")
         return None
@@ -26,7 +23,8 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
     measured = [row for row in rows if "val_loss" in row]
     val = [(row["step"], row["val_loss"]) for row in measured]
     steps, losses = [step for step, _ in train], [loss for _, loss in train]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)  # no pyplot: a notebook's backend is left alone
+    axes = figure.subplots()
     axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="training, each step")
     axes.plot(steps, _smooth(losses), color="#1f4e79", linewidth=1.6, label="training, smoothed")
     if val:
@@ -46,7 +44,6 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
     figure.tight_layout()
     path = folder / "loss.png"
     figure.savefig(path)
-    pyplot.close(figure)
     return path
 
 

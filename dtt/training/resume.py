@@ -13,9 +13,10 @@ from dtt.training.saved import Saved
 
 IDENTITY = ("seed", "model", "tokenizer", "data", "training.batch_size", "optimizer.name")
 """Settings that a continued run must share with its checkpoint..."""
-FREE = ("model.preset", "model.dropout", "data.dir", "data.workers")
+PLACES = ("model.preset", "data.dir", "data.workers", "data.source.path", "tokenizer.path")
+FREE = ("model.dropout", *PLACES)
 """...but for these."""
-SILENT = ("name", "dir", "logging", "parallel", "model.preset", "data.dir", "data.workers")
+SILENT = ("name", "dir", "logging", "parallel", *PLACES)
 """Changes that are not worth a line."""
 
 

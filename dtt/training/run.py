@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtt import storage
-from dtt.config.load import json_schema, to_yaml
+from dtt.config.load import to_yaml
 from dtt.config.schema import Config
 from dtt.data.loader import Loader
 from dtt.data.order import mix
@@ -23,7 +23,7 @@ from dtt.data.prepare import Corpus, open_corpus, prepare
 from dtt.data.progress import progress
 from dtt.dist import Runtime
 from dtt.errors import ConfigError, StorageError
-from dtt.metrics.loggers import MetricsFile, Reporter
+from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter, short_count
 from dtt.metrics.trackers import TRACKERS, Tracker
 from dtt.model.decoder import Decoder, count_parameters
@@ -33,13 +33,19 @@ from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer, fingerprint
 from dtt.training.batching import divide
 from dtt.training.checkpoint import Checkpoints
+from dtt.training.folder import (
+    refuse_foreign_folder,
+    remove_old_run,
+    run_folder,
+    write_run_files,
+)
 from dtt.training.load import check_weights, saved_config
 from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.step import Objective, Stepper
 
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 1500
 _REPLICATED: list[nn.Module] = []
 """Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
 thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
@@ -74,6 +80,10 @@ class Run:
     trackers: list[Tracker]
     profiler: StepProfiler | None
     meter: Meter
+    begun_at: int
+    """The step at which this process took the run up."""
+    again: str
+    """What a person says to go on with this run."""
 
     def save(self, best_loss: float | None = None) -> None:
         """Save the state, on the rank that writes files."""
@@ -127,12 +137,6 @@ class Run:
         self.meter.paused(time.perf_counter() - start)
 
 
-def run_folder(config: Config) -> Path:
-    """Return the folder of the run that this configuration names."""
-    assert config.name is not None, "the name is resolved when a configuration is loaded"
-    return config.dir / config.name
-
-
 @contextmanager
 def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) -> Iterator[Run]:
     """Build the run, or take it up where it was; on leaving, close files and locks.
@@ -151,8 +155,12 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
         reporter = Reporter(folder, config.logging.level)
         run = None
         try:
+            refuse_foreign_folder(folder)
             run = _build(config, runtime, folder, reporter, resume, fresh)
             yield run
+        except Exception:
+            reporter.trace(traceback.format_exc())
+            raise
         finally:
             if run is not None:
                 run.close()
@@ -167,6 +175,7 @@ def _build(
     resume: str | None,
     fresh: bool,
 ) -> Run:
+    _require_trackers(config)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
@@ -183,6 +192,7 @@ def _build(
         config.seed,
         runtime.rank,
         runtime.ranks,
+        pin=runtime.device.type == "cuda",
     )
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
@@ -193,12 +203,12 @@ def _build(
     metrics = None
     if runtime.is_main:
         if fresh:
-            _remove_old_run(folder)
-        _write_run_files(config, corpus.tokenizer, folder)
+            remove_old_run(folder)
+        write_run_files(config, corpus.tokenizer, folder)
         metrics = MetricsFile(folder / "metrics.jsonl", state.step)
+        trim_lines(folder / "samples.jsonl", state.step)
         reporter.total(steps)
-        _announce(config, reporter, runtime, model, corpus, loader, steps, f"{dtype} ({why})")
-    return Run(
+    run = Run(
         config=config,
         folder=folder,
         runtime=runtime,
@@ -214,17 +224,33 @@ def _build(
         trackers=_trackers(config, runtime, folder, reporter),
         profiler=_profiler(config, runtime, folder, reporter),
         meter=Meter(steps),
+        begun_at=state.step,
+        again="the same command" + " without --fresh" * fresh,
     )
+    announce(run, f"{dtype} ({why})")
+    return run
+
+
+def _require_trackers(config: Config) -> None:
+    """Raise ConfigError for a missing package before anything of an old run is removed."""
+    for name in _wanted(config):
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"logging.{name} is on, but the package {name} is missing",
+                f"pip install 'dtt[{name}]', or leave it off",
+            )
 
 
 def _trackers(config: Config, runtime: Runtime, folder: Path, reporter: Reporter) -> list[Tracker]:
-    logging, settings = config.logging, config.model_dump(mode="json")
-    wanted = {"tensorboard": logging.tensorboard, "wandb": logging.wandb}
-    return [
-        TRACKERS[name](folder, settings, reporter.warning)
-        for name, on in wanted.items()
-        if on and runtime.is_main
-    ]
+    if not runtime.is_main:
+        return []
+    settings = config.model_dump(mode="json")
+    return [TRACKERS[name](folder, settings, reporter.warning) for name in _wanted(config)]
+
+
+def _wanted(config: Config) -> list[str]:
+    wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb}
+    return [name for name, on in wanted.items() if on]
 
 
 def _profiler(
@@ -276,6 +302,11 @@ def _share_checkpoint(
         if saved is None and resume is not None:
             saved = open_checkpoint(Path(resume), "last")
             reporter.info(f"starting from {saved.path}")
+            if (config.training.max_steps or 0) <= saved.step and config.training.epochs is None:
+                raise ConfigError(
+                    f"{resume} is at step {saved.step} already",
+                    "give a larger --max-steps",
+                )
         elif saved is not None:
             reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
         if saved is None:
@@ -319,7 +350,7 @@ def _stepper(model: Decoder, config: Config, runtime: Runtime, dtype: torch.dtyp
 
 
 def _wrap(model: Decoder, config: Config, runtime: Runtime) -> nn.Module:
-    """Compile, then replicate: the order of docs/training.md."""
+    """Compile, then replicate."""
     if config.training.compile:
         for block in model.blocks:
             block.compile()
@@ -342,46 +373,23 @@ def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainStat
     return TrainState(saved.state["step"], saved.state["best_loss"])
 
 
-def _remove_old_run(folder: Path) -> None:
-    """Remove all but the lock and the log, which this process has open."""
-    for old in folder.iterdir():
-        if old.name not in ("lock", "logs"):
-            storage.remove(old)
-
-
-def _write_run_files(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
-    files = {
-        "config.yaml": to_yaml(config),
-        "config.schema.json": json.dumps(json_schema(), indent=2),
-        "tokenizer.json": tokenizer.to_json(),
-    }
-    for name, text in files.items():
-        storage.write_atomic(folder / name, text)
-
-
-def _announce(
-    config: Config,
-    reporter: Reporter,
-    runtime: Runtime,
-    model: Decoder,
-    corpus: Corpus,
-    loader: Loader,
-    steps: int,
-    precision: str,
-) -> None:
-    m, d, t = config.model, corpus.manifest, config.training
-    rows: dict[str, Any] = {
-        "run": f"{run_folder(config)}  (seed {config.seed})",
-        "data": f"{corpus.folder}: {short_count(d.total('train', 'tokens'))} training tokens, "
-        f"{short_count(d.total('val', 'tokens'))} validation tokens, vocabulary {d.vocab_size}",
-        "model": f"{short_count(count_parameters(model))} parameters: {m.layers} layers x {m.dim}, "
-        f"{m.heads} heads, context {m.context}",
+def announce(run: Run, precision: str) -> None:
+    """Say what is about to run."""
+    config, manifest, division = run.config, run.corpus.manifest, run.stepper.division
+    m, t = config.model, config.training
+    tokens = {split: short_count(manifest.total(split, "tokens")) for split in ("train", "val")}
+    rows = {
+        "run": f"{run.folder}  (seed {config.seed})",
+        "data": f"{run.corpus.folder}: {tokens['train']} training tokens, "
+        f"{tokens['val']} validation tokens, vocabulary {manifest.vocab_size}",
+        "model": f"{short_count(count_parameters(run.model))} parameters: {m.layers} layers x "
+        f"{m.dim}, {m.heads} heads, context {m.context}",
         "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
-        f"{divide(t, runtime.ranks).micro_batch_size} x "
-        f"{divide(t, runtime.ranks).accumulation} forwards x {runtime.ranks} ranks",
-        "device": f"{runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
-        "length": f"{steps} steps, {steps / loader.steps_per_epoch:.2f} epochs; "
-        f"{config.optimizer.name}, {config.schedule.name} to {config.optimizer.lr:g}",
+        f"{division.micro_batch_size} x {division.accumulation} forwards x "
+        f"{run.runtime.ranks} ranks",
+        "device": f"{run.runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
+        "length": f"{run.steps} steps, {run.steps / run.loader.steps_per_epoch:.2f} epochs; "
+        f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",
     }
     for key, value in rows.items():
-        reporter.info(f"{key:>7}  {value}".replace("torch.", ""))
+        run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))

@@ -180,8 +180,11 @@ def open_checkpoint(path: Path, which: str = "best") -> Saved:
     """Open one checkpoint by name: `path` is a run (then `which` chooses) or a checkpoint folder.
 
     `which` is "last", a step, or "best": the lowest validation loss, or the last where none was
-    measured. Nothing is substituted: what was asked for is whole, or it is a CheckpointError.
+    measured; a path that ends in checkpoints/last or checkpoints/best chooses too. Nothing is
+    substituted: what was asked for is whole, or it is a CheckpointError.
     """
+    if path.name in ("last", "best") and path.parent.name == "checkpoints":
+        path, which = path.parent.parent, path.name  # the pointer files that people see
     if _is_checkpoint(path):
         return read(path)
     folder = find_run(path) / "checkpoints"

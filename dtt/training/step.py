@@ -61,7 +61,7 @@ class Stepper:
         self._torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
 
     def step(self, batch: Batch, step: int, stop: bool) -> StepResult:
-        """Train on this rank's share of step `step` (0-based); the update is applied.
+        """Train on this rank's share of step `step` (0-based); `update` applies it.
 
         The gradient is that of (sum of losses) / (all target tokens of the step), however the
         batch is divided.

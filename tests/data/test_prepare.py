@@ -1,8 +1,8 @@
 """Preparing a corpus: lossless, the same bytes however it is done, faults named."""
 
 import hashlib
-import itertools
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -75,9 +75,7 @@ def test_separator_makes_documents_and_split_is_by_document(tmp_path, monkeypatc
     for split in ("train", "val"):
         stream = tokens(corpus, split)
         cuts = [i for i, t in enumerate(stream) if t == end]
-        found[split] = [
-            corpus.tokenizer.decode(stream[a + 1 : b]) for a, b in itertools.pairwise(cuts)
-        ]
+        found[split] = [corpus.tokenizer.decode(stream[a + 1 : b]) for a, b in pairwise(cuts)]
     assert sorted(found["train"] + found["val"]) == sorted(documents)
     assert 20 < len(found["val"]) < 110
     # The same document is never on both sides.
@@ -255,7 +253,33 @@ def test_folders_and_globs(tmp_path):
 def test_empty_split_is_an_error(tmp_path):
     source = write(tmp_path, "one\n\ntwo\n\nthree").model_copy(update={"separator": "\n\n"})
     with pytest.raises(DataError, match="val split is empty"):
-        corpus_of(tmp_path, source=source, val_fraction=0.0001)
+        corpus_of(tmp_path, source=source, val_fraction=0.0001, split="documents")
+    tail = corpus_of(tmp_path, source=source, val_fraction=0.4)  # few documents: not by hash
+    assert tail.manifest.spec["split"] == "tail"
+
+
+def test_documents_of_large_files_stay_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("dtt.data.sources.PART_BYTES", 100)
+    texts = {f"{i:02}.txt": "".join(f"{i} line {j}\n" for j in range(60)) for i in range(25)}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    corpus = corpus_of(tmp_path, source=Text(path=(str(tmp_path / "*.txt"),)), val_fraction=0.3)
+    end, found = corpus.tokenizer.end_of_text, []
+    for split in ("train", "val"):
+        stream = tokens(corpus, split)
+        cuts = [i for i, t in enumerate(stream) if t == end]
+        found += [corpus.tokenizer.decode(stream[a + 1 : b]) for a, b in pairwise(cuts)]
+    assert sorted(found) == sorted(texts.values())
+
+
+def test_changed_shards_are_noticed(tmp_path):
+    corpus = corpus_of(tmp_path, source=Tales(stories=100), tokenizer=Byte())
+    path = corpus.folder / corpus.manifest.shards["train"][0].file
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-00000\.bin is damaged"):
+        corpus_of(tmp_path, source=Tales(stories=100), tokenizer=Byte())
 
 
 def test_tokenizer_from_a_file(tmp_path):
