@@ -179,7 +179,7 @@ def test_the_line_that_a_person_reads() -> None:
 def command(data: Data, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = decoder(corpus)
     config = Config(data=data, tokenizer=Char(), model=model.settings)
-    run = LoadedRun(Path("runs/t"), 7, config, corpus.tokenizer, model)
+    run = LoadedRun(Path("runs/t"), 7, config, corpus.tokenizer, corpus.folder.name, model)
     defaults: dict[str, Any] = {
         "run": None,
         "checkpoint": "best",
@@ -241,6 +241,6 @@ def test_a_text_that_changed_is_refused(command: Any, data: Data, folder: Path) 
     changed = data.model_copy(update={"source": Text(path=(str(path),))})
     run = command.run
     config = run.config.model_copy(update={"data": changed})
-    other = LoadedRun(run.folder, 7, config, run.tokenizer, run.model)
-    with pytest.raises(DataError, match="other tokens than"):
+    other = LoadedRun(run.folder, 7, config, run.tokenizer, run.corpus, run.model)
+    with pytest.raises(DataError, match="the text has changed since"):
         command(loaded=other)

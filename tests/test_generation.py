@@ -57,7 +57,7 @@ def drawn(model: Decoder, prompts: list[list[int]], count: int, **options: Any) 
 def loaded_run(tokenizer: Tokenizer | None = None, **settings: Any) -> LoadedRun:
     tokenizer = tokenizer or CharTokenizer(ALPHABET)
     model = decoder(**({"vocab_size": tokenizer.vocab_size} | settings))
-    return LoadedRun(Path("runs/t"), 1, Config(), tokenizer, model)
+    return LoadedRun(Path("runs/t"), 1, Config(), tokenizer, "text", model)
 
 
 # Choosing a token

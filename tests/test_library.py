@@ -84,7 +84,11 @@ def test_train_again_continues(config: Config) -> None:
     )
     assert train(longer).step == 6
     assert train(longer, fresh=True).step == 6
-    assert train(longer.model_copy(update={"name": "branch"}), resume="runs/small").step == 6
+    with pytest.raises(ConfigError, match="runs/small is at step 6"):
+        train(longer.model_copy(update={"name": "branch"}), resume="runs/small")
+    steps = longer.training.model_copy(update={"max_steps": 8})
+    branch = longer.model_copy(update={"name": "branch", "training": steps})
+    assert train(branch, resume="runs/small").step == 8
 
 
 def test_a_config_without_a_name_gets_one(config: Config) -> None:

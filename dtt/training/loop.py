@@ -18,7 +18,7 @@ from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.optim.schedule import learning_rate
 from dtt.training.preemption import Preemption
-from dtt.training.run import Run, TrainState
+from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
 
 CALM = "lower optimizer.lr or lengthen schedule.warmup_steps, and go on from the last checkpoint"

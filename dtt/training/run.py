@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtt import storage
-from dtt.config.load import to_yaml
 from dtt.config.schema import Config
 from dtt.data.loader import Loader
 from dtt.data.order import mix
 from dtt.data.prepare import Corpus, open_corpus, prepare
 from dtt.data.progress import progress
 from dtt.dist import Runtime
-from dtt.errors import ConfigError, StorageError
+from dtt.errors import ConfigError
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
-from dtt.metrics.meter import Meter, short_count
+from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
-from dtt.model.decoder import Decoder, count_parameters
+from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
 from dtt.optim.schedule import warmup_steps
 from dtt.precision import choose_precision
-from dtt.tokenizer import Tokenizer, fingerprint
+from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
 from dtt.training.checkpoint import Checkpoints
 from dtt.training.folder import (
@@ -43,98 +40,13 @@ from dtt.training.load import check_weights, saved_config
 from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
+from dtt.training.state import Run, TrainState, announce
 from dtt.training.step import Objective, Stepper
 
 DEFAULT_STEPS = 1500
 _REPLICATED: list[nn.Module] = []
 """Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
 thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
-
-
-@dataclass
-class TrainState:
-    """What must survive a crash beside tensors; everything else is rebuilt from the config."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    best_loss: float | None = None
-    """Lowest validation loss so far."""
-
-
-@dataclass
-class Run:
-    """A run under way, on one rank."""
-
-    config: Config
-    folder: Path
-    runtime: Runtime
-    corpus: Corpus
-    model: Decoder
-    stepper: Stepper
-    loader: Loader
-    steps: int
-    state: TrainState
-    checkpoints: Checkpoints
-    reporter: Reporter
-    metrics: MetricsFile | None
-    trackers: list[Tracker]
-    profiler: StepProfiler | None
-    meter: Meter
-    begun_at: int
-    """The step at which this process took the run up."""
-    again: str
-    """What a person says to go on with this run."""
-
-    def save(self, best_loss: float | None = None) -> None:
-        """Save the state, on the rank that writes files."""
-        if not self.runtime.is_main:
-            return
-        if self.metrics is not None:  # no step before a checkpoint may be missing there
-            self.metrics.flush()
-        state = {
-            "step": self.state.step,
-            "best_loss": self.state.best_loss,
-            "tokenizer": fingerprint(self.corpus.tokenizer),
-            "corpus": self.corpus.folder.name,
-            "scaler": self.stepper.scaler.state_dict(),
-        }
-        files = {
-            "config.yaml": to_yaml(self.config).encode(),
-            "tokenizer.json": self.corpus.tokenizer.to_json().encode(),
-        }
-        self.checkpoints.save(self.state.step, self._tensors(), state, files, best_loss=best_loss)
-
-    def track(self, figures: Mapping[str, float | None]) -> None:
-        """Show the figures of this step wherever curves are wanted."""
-        for tracker in self.trackers:
-            tracker.log(self.state.step, figures)
-
-    def close(self) -> None:
-        """Close what the run has open, after the save under way if there is one."""
-        with suppress(StorageError):  # said already, or less than the error that ends the run
-            self.checkpoints.finish()
-        if self.metrics is not None:
-            self.metrics.close()
-        for tracker in self.trackers:
-            tracker.close()
-
-    def reserve(self) -> None:
-        """Get the memory for saving ready in the background; call it after the first step."""
-        if self.runtime.is_main:
-            self.checkpoints.reserve(self._tensors())
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.stepper.optimizer.named_state(),
-        }
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the tokens per second."""
-        start = time.perf_counter()
-        yield
-        self.meter.paused(time.perf_counter() - start)
 
 
 @contextmanager
@@ -185,15 +97,7 @@ def _build(
     corpus = _share_corpus(config, runtime, reporter)
     config = _resolve_vocabulary(config, corpus.tokenizer)
     saved = _share_checkpoint(config, runtime, corpus, checkpoints, resume, fresh, reporter)
-    loader = Loader(
-        corpus.stream("train"),
-        config.model.context,
-        config.training.batch_size,
-        config.seed,
-        runtime.rank,
-        runtime.ranks,
-        pin=runtime.device.type == "cuda",
-    )
+    loader = _loader(config, corpus, runtime)
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
@@ -299,19 +203,20 @@ def _share_checkpoint(
 
     def choose() -> str | None:
         saved = None if fresh else checkpoints.newest()
+        own = saved is not None
         if saved is None and resume is not None:
             saved = open_checkpoint(Path(resume), "last")
             reporter.info(f"starting from {saved.path}")
-            if (config.training.max_steps or 0) <= saved.step and config.training.epochs is None:
-                raise ConfigError(
-                    f"{resume} is at step {saved.step} already",
-                    "give a larger --max-steps",
-                )
         elif saved is not None:
             reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
         if saved is None:
             return None
         refuse_other_run(config, saved, saved_config(saved), corpus, reporter.info)
+        steps = config.training.max_steps or DEFAULT_STEPS
+        if resume is not None and not own and steps <= saved.step and not config.training.epochs:
+            raise ConfigError(
+                f"{resume} is at step {saved.step} already", "give a larger --max-steps"
+            )
         chosen.append(saved)
         return str(saved.path)
 
@@ -319,6 +224,18 @@ def _share_checkpoint(
     if path is None:
         return None
     return chosen[0] if chosen else read(Path(path))
+
+
+def _loader(config: Config, corpus: Corpus, runtime: Runtime) -> Loader:
+    return Loader(
+        corpus.stream("train"),
+        config.model.context,
+        config.training.batch_size,
+        config.seed,
+        runtime.rank,
+        runtime.ranks,
+        pin=runtime.device.type == "cuda",
+    )
 
 
 def _steps(config: Config, loader: Loader) -> int:
@@ -371,25 +288,3 @@ def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainStat
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"])
-
-
-def announce(run: Run, precision: str) -> None:
-    """Say what is about to run."""
-    config, manifest, division = run.config, run.corpus.manifest, run.stepper.division
-    m, t = config.model, config.training
-    tokens = {split: short_count(manifest.total(split, "tokens")) for split in ("train", "val")}
-    rows = {
-        "run": f"{run.folder}  (seed {config.seed})",
-        "data": f"{run.corpus.folder}: {tokens['train']} training tokens, "
-        f"{tokens['val']} validation tokens, vocabulary {manifest.vocab_size}",
-        "model": f"{short_count(count_parameters(run.model))} parameters: {m.layers} layers x "
-        f"{m.dim}, {m.heads} heads, context {m.context}",
-        "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
-        f"{division.micro_batch_size} x {division.accumulation} forwards x "
-        f"{run.runtime.ranks} ranks",
-        "device": f"{run.runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
-        "length": f"{run.steps} steps, {run.steps / run.loader.steps_per_epoch:.2f} epochs; "
-        f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",
-    }
-    for key, value in rows.items():
-        run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))

@@ -88,7 +88,7 @@ def test_the_reporter_writes_what_it_says(
     reporter.step(20, figures | {"tokens_per_second": 34_460.0, "seconds_left": 90.0})
     reporter.info("[bold] is no markup")
     reporter.warning("look out")
-    reporter.error("a traceback")
+    reporter.trace("a traceback")
     reporter.close()
     out, err = capsys.readouterr()
     line = "step  20/200  loss 2.0000  ppl 7.389  lr 1.00e-03  grad 0.50  34.5k tok/s  1m30s left"

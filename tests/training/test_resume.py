@@ -240,9 +240,11 @@ def test_another_text_under_the_same_name_is_refused(
 
 
 def test_fresh_starts_over(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (finished / "left-over").write_text("x", encoding="utf-8")
+    for name in ("loss.png", "notes-of-mine.txt"):
+        (finished / name).write_text("x", encoding="utf-8")
     done = in_process(capsys, "--fresh", seed="1", training__max_steps="6")
-    assert done.code == 0 and not (finished / "left-over").exists()
+    assert done.code == 0 and (finished / "notes-of-mine.txt").exists()
+    assert (finished / "loss.png").read_bytes() != b"x"
     assert list(losses(finished)) == list(range(1, 7))
     names = {path.name for path in (finished / "checkpoints").iterdir() if path.is_dir()}
     assert names == {"step-00000004", "step-00000006"}

@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite(
         checkpoint__every="1",
         evaluation__every=validate,
     )
-    assert_one_line(dtt(*words), 6, fact, "lower optimizer.lr", "goes on from the last checkpoint")
+    assert_one_line(dtt(*words), 6, fact, "lower optimizer.lr", "go on from the last checkpoint")
     assert list(losses(Path(RUN))) == [1]
     names = sorted(path.name for path in Path(RUN).glob("checkpoints/step-*"))
     assert names == [f"step-{step:08d}" for step in saved]
@@ -348,10 +348,32 @@ def test_weights_of_another_model(finished: Path, dtt: Dtt) -> None:
 
 def test_evaluating_on_another_text(finished: Path, dtt: Dtt, folder: Path) -> None:
     (folder / "text.txt").write_text("0123456789 " * 400, encoding="utf-8")
-    assert_one_line(dtt("evaluate", RUN), 3, "other tokens than", "restore the text")
+    assert_one_line(dtt("evaluate", RUN), 3, "the text has changed since", "restore the text")
 
 
 def test_the_runs_own_text_is_not_needed_to_generate(finished: Path, dtt: Dtt) -> None:
     shutil.rmtree("data")
     Path("text.txt").unlink()
     assert dtt("generate", RUN, "--prompt", "the", "--max-length", "5", "--seed", "1") == (0, "")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("a long text " * 200, encoding="utf-8")
+    for words in ([], ["--fresh"]):
+        code = main(["train", "--data-path", "books", "--dir", ".", "--max-steps", "2", *words])
+        assert_one_line((code, capsys.readouterr().err), 2, "books is not a run: it holds a.txt")
+    assert (tmp_path / "books" / "a.txt").exists()
+
+
+def test_pointer_files_name_checkpoints(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("abcdefgh " * 300, encoding="utf-8")
+    small = ["--model", "tiny", "--model.context", "16", "--training.threads", "1"]
+    train = ["train", "--data-path", "t.txt", *small, "--max-steps"]
+    assert main([*train, "2"]) == 0
+    assert main([*train, "4", "-n", "more", "--resume", "runs/t/checkpoints/last"]) == 0
+    assert "starting from runs/t/checkpoints/step-00000002" in capsys.readouterr().out
+    code = main([*train, "2", "-n", "other", "--resume", "runs/t/checkpoints/best"])
+    assert_one_line((code, capsys.readouterr().err), 2, "is at step 2")

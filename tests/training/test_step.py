@@ -131,5 +131,5 @@ def test_the_learning_rate_is_peak_times_factor() -> None:
     stepper = build_stepper(small_config(), ALONE)
     stepper.step(synthetic_batch(0), 0, stop=False)
     stepper.update(0.25)
-    assert {group["lr"] for group in stepper.optimizer.param_groups} == {2e-3 * 0.25}
+    assert {group["lr"] for group in stepper.optimizer.param_groups} == {4e-3 * 0.25}
     assert all(p.grad is None for p in stepper.objective.parameters())

@@ -1,0 +1,135 @@
+"""A run under way: what it has open, what it saves, what it says of itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dtt.config.load import to_yaml
+from dtt.config.schema import Config
+from dtt.data.loader import Loader
+from dtt.data.prepare import Corpus
+from dtt.dist import Runtime
+from dtt.errors import StorageError
+from dtt.metrics.loggers import MetricsFile, Reporter
+from dtt.metrics.meter import Meter, short_count
+from dtt.metrics.trackers import Tracker
+from dtt.model.decoder import Decoder, count_parameters
+from dtt.tokenizer import fingerprint
+from dtt.training.checkpoint import Checkpoints
+from dtt.training.profile import StepProfiler
+from dtt.training.step import Stepper
+
+
+@dataclass
+class TrainState:
+    """What must survive a crash beside tensors; everything else is rebuilt from the config."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+
+
+@dataclass
+class Run:
+    """A run under way, on one rank."""
+
+    config: Config
+    folder: Path
+    runtime: Runtime
+    corpus: Corpus
+    model: Decoder
+    stepper: Stepper
+    loader: Loader
+    steps: int
+    state: TrainState
+    checkpoints: Checkpoints
+    reporter: Reporter
+    metrics: MetricsFile | None
+    trackers: list[Tracker]
+    profiler: StepProfiler | None
+    meter: Meter
+    begun_at: int
+    """The step at which this process took the run up."""
+    again: str
+    """What a person says to go on with this run."""
+
+    def save(self, best_loss: float | None = None) -> None:
+        """Save the state, on the rank that writes files."""
+        if not self.runtime.is_main:
+            return
+        if self.metrics is not None:  # no step before a checkpoint may be missing there
+            self.metrics.flush()
+        state = {
+            "step": self.state.step,
+            "best_loss": self.state.best_loss,
+            "tokenizer": fingerprint(self.corpus.tokenizer),
+            "corpus": self.corpus.folder.name,
+            "scaler": self.stepper.scaler.state_dict(),
+        }
+        files = {
+            "config.yaml": to_yaml(self.config).encode(),
+            "tokenizer.json": self.corpus.tokenizer.to_json().encode(),
+        }
+        self.checkpoints.save(self.state.step, self._tensors(), state, files, best_loss=best_loss)
+
+    def track(self, figures: Mapping[str, float | None]) -> None:
+        """Show the figures of this step wherever curves are wanted."""
+        for tracker in self.trackers:
+            tracker.log(self.state.step, figures)
+
+    def close(self) -> None:
+        """Close what the run has open, after the save under way if there is one."""
+        with suppress(StorageError):  # said already, or less than the error that ends the run
+            self.checkpoints.finish()
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def reserve(self) -> None:
+        """Get the memory for saving ready in the background; call it after the first step."""
+        if self.runtime.is_main:
+            self.checkpoints.reserve(self._tensors())
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.stepper.optimizer.named_state(),
+        }
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside out of the tokens per second."""
+        start = time.perf_counter()
+        yield
+        self.meter.paused(time.perf_counter() - start)
+
+
+def announce(run: Run, precision: str) -> None:
+    """Say what is about to run."""
+    config, manifest, division = run.config, run.corpus.manifest, run.stepper.division
+    m, t = config.model, config.training
+    tokens = {split: short_count(manifest.total(split, "tokens")) for split in ("train", "val")}
+    rows = {
+        "run": f"{run.folder}  (seed {config.seed})",
+        "data": f"{run.corpus.folder}: {tokens['train']} training tokens, "
+        f"{tokens['val']} validation tokens, vocabulary {manifest.vocab_size}",
+        "model": f"{short_count(count_parameters(run.model))} parameters: {m.layers} layers x "
+        f"{m.dim}, {m.heads} heads, context {m.context}",
+        "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
+        f"{division.micro_batch_size} x {division.accumulation} forwards x "
+        f"{run.runtime.ranks} ranks",
+        "device": f"{run.runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
+        "length": f"{run.steps} steps, {run.steps / run.loader.steps_per_epoch:.2f} epochs; "
+        f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",
+    }
+    for key, value in rows.items():
+        run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))
