@@ -22,7 +22,7 @@ class Training(Section):
     """The loop."""
 
     max_steps: int | None = Field(None, gt=0)
-    """Optimizer steps; null: as `epochs` says, or 1500."""
+    """Optimizer steps; null: as `epochs` says, or 1200."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training text; with max_steps, the run ends at whichever comes first."""
     batch_size: int = Field(8, gt=0)
@@ -55,7 +55,7 @@ class Parallel(Section):
 class Evaluation(Section):
     """Validation during training."""
 
-    every: int = Field(500, ge=0)
+    every: int = Field(600, ge=0)
     """Optimizer steps between validations; 0: only at the end."""
     max_tokens: int | None = Field(None, gt=0)
     """Use at most this many tokens of the split; null: the whole split."""
@@ -83,7 +83,7 @@ class Sample(Section):
 class Checkpoint(Section):
     """What is saved, and how long it is kept."""
 
-    every: int = Field(500, ge=0)
+    every: int = Field(600, ge=0)
     """Optimizer steps between checkpoints; 0: only at the end."""
     every_epochs: float | None = Field(None, gt=0)
     """Also save each time this many epochs are complete."""

@@ -30,7 +30,7 @@ def held_out(document: Document, part: Part, fraction: float) -> bool:
     equal documents are always on the same side."""
     if part.held_out is not None:
         return part.held_out
-    digest = hashlib.blake2b(document.text.encode("utf-8", "replace"), digest_size=8).digest()
+    digest = hashlib.blake2b(document.utf8, digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
@@ -97,7 +97,7 @@ class _ShardWriter:
             self.unknown += int((ids == self.tokenizer.unknown).sum())
         self.tokens.append(ids)
         self.length += len(ids)
-        self.bytes += len(document.text.encode("utf-8", "replace"))
+        self.bytes += len(document.utf8)
         known = self.bits is not None and document.bits is not None
         self.bits = self.bits + document.bits if known else None  # type: ignore[operator]
         if document.ends:

@@ -76,6 +76,8 @@ class Plan:
     parts: list[Part]
     folder: Path
     spec: dict[str, Any]
+    given: Tokenizer | None
+    """The tokenizer, where the settings name a file."""
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -132,8 +134,10 @@ def _plan(data: Data, tokenizer: TokenizerSettings) -> Plan:
         split = "tail" if few else "documents"
     parts = source.parts(data.val_fraction if split == "tail" else 0.0)
     asked = tokenizer.model_dump(mode="json")
+    given = None
     if isinstance(tokenizer, TokenizerFile):
-        asked["path"] = fingerprint(load_tokenizer(tokenizer.path, tokenizer.end_of_text))
+        given = load_tokenizer(tokenizer.path, tokenizer.end_of_text)
+        asked["path"] = fingerprint(given)
     spec = {
         "format": FORMAT,
         "source": source.fingerprint(),
@@ -145,20 +149,21 @@ def _plan(data: Data, tokenizer: TokenizerSettings) -> Plan:
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
     label = Path(data.source.path[0]).stem if data.source.name == "text" else data.source.name
     slug = re.sub(r"[^\w.-]+", "-", label).strip("-.") or "text"
-    return Plan(data, source, parts, data.dir / f"{slug}-{tokenizer.name}-{digest}", spec)
+    return Plan(data, source, parts, data.dir / f"{slug}-{tokenizer.name}-{digest}", spec, given)
 
 
 def _tokenizer(plan: Plan, settings: TokenizerSettings, advance: Advance) -> Tokenizer:
     """Return the corpus's tokenizer: the file that is there, or a new one, from training text."""
     path = plan.folder / "tokenizer.json"
-    if path.exists():
+    if plan.given is None and path.exists():
         return load_tokenizer(path, named_end(plan.spec["tokenizer"]))
     made: Tokenizer
     match settings:
         case Byte():
             made = ByteTokenizer()
         case TokenizerFile():
-            made = load_tokenizer(settings.path, settings.end_of_text)
+            assert plan.given is not None
+            made = plan.given
         case Char():
             letters = PartAlphabet(plan.source, plan.data.val_fraction)
             found: set[str] = set()

@@ -14,6 +14,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from dtt.config.data import Stdlib, Tales, Text
 from dtt.data.tales import tales
 from dtt.errors import DataError
 
-PART_BYTES = 4 << 20
+PART_BYTES = 2 << 20
 PART_STORIES = 2500
 # Encodings in which a line feed is the byte 10 and nothing else has that byte: files can be cut.
 CUTTABLE = {"utf-8", "ascii", *(f"iso8859-{n}" for n in range(1, 17))} | {
@@ -40,6 +41,11 @@ class Document:
     bits: float | None = None
     """Its exact information under the source's distribution, where that is known."""
     ends: bool = True
+
+    @cached_property
+    def utf8(self) -> bytes:
+        """The text's bytes."""
+        return self.text.encode("utf-8", "replace")
 
 
 @dataclass(frozen=True)

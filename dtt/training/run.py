@@ -43,7 +43,7 @@ from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
 from dtt.training.step import Objective, Stepper
 
-DEFAULT_STEPS = 1500
+DEFAULT_STEPS = 1200
 _REPLICATED: list[nn.Module] = []
 """Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
 thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
