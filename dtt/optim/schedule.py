@@ -78,11 +78,6 @@ def learning_rate(schedule: Schedule, step: int, steps: int) -> float:
     """
     if not 0 <= step < steps:
         raise ValueError(f"step {step} is outside a run of {steps} steps")
-    if schedule.name == "exponential" and schedule.min_lr_ratio == 0:
-        raise ConfigError(
-            "schedule.min_lr_ratio (0) cannot be reached by the exponential schedule",
-            "set it above 0, for example 0.01",
-        )
     warmup = warmup_steps(schedule, steps)
     if step < warmup:
         return _warmup(schedule, step, warmup)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
 from dtt.config.optim import Schedule
@@ -133,8 +134,8 @@ def test_warmup_longer_than_the_run_names_both_numbers() -> None:
 
 
 def test_exponential_cannot_end_at_zero() -> None:
-    with pytest.raises(ConfigError, match="min_lr_ratio"):
-        learning_rate(Schedule(name="exponential", min_lr_ratio=0), 0, 60)
+    with pytest.raises(ValidationError, match="min_lr_ratio 0"):
+        Schedule(name="exponential", min_lr_ratio=0)
 
 
 @pytest.mark.parametrize("step", [-1, 60])
