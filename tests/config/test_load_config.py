@@ -15,6 +15,8 @@ from dtt.config.load import json_schema, load_config, to_yaml
 from dtt.config.schema import Config
 from dtt.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
+
 OK = """# a small character model
 name: char
 model:
@@ -311,3 +313,12 @@ def test_json_schema_describes_every_setting() -> None:
     assert set(schema["properties"]) == {*Config.model_fields, "extends"}
     assert schema["$defs"]["Model"]["properties"]["dim"]["description"]
     assert schema["$defs"]["Model"]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_the_files_in_configs_load(file: Path) -> None:
+    if file.parent.name == "project_datasets":
+        config = load_config(dataset=str(file))
+        assert config.data != Config().data
+    else:
+        assert load_config([str(file)]).name == "evening"
