@@ -120,7 +120,8 @@ def _contents(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, bytes], d
             else:
                 contents[name] = file.read_bytes()
                 found = hashlib.sha256(contents[name]).hexdigest()
-        except (OSError, SafetensorError, StorageError) as error:
+        # safe_open raises RuntimeError, too, for a file that is removed while it maps it.
+        except (OSError, RuntimeError, SafetensorError, StorageError) as error:
             raise _damaged(path, name, str(error)) from error
         if found != entry["sha256"]:
             raise _damaged(path, name, "its SHA-256 is not the manifest's")
