@@ -94,19 +94,6 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def sum_later(self, values: Tensor) -> Callable[[], Tensor]:
-        """Begin to add up `values` over all ranks, in place; the result is there when called."""
-        if self.ranks == 1:
-            return lambda: values
-        work = dist.all_reduce(values, async_op=True)
-
-        def wait() -> Tensor:
-            assert work is not None
-            work.wait()
-            return values
-
-        return wait
-
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on the main rank and return its result on every rank.
 

@@ -81,15 +81,12 @@ class Stepper:
             self._seed_dropout(mix(self.seed, 3, step, place) >> 1)
             with self._sync_only_last(index):
                 part = self.objective(tokens[rows], targets[rows])
-                loss += part.detach()
-                if index == self.division.accumulation - 1:
-                    # Ranks add up the loss while they are busy with the last backward.
-                    totals = torch.stack([loss, torch.full_like(loss, float(stop))])
-                    total = self.runtime.sum_later(totals)
                 self.scaler.scale(part * scale).backward()
+            loss += part.detach()
         self.scaler.unscale_(self._torch_optimizer)
         norm = clip_gradients(self.parameters, self.grad_clip)
-        return StepResult(total(), norm, count)
+        totals = self.runtime.sum(torch.stack([loss, torch.full_like(loss, float(stop))]))
+        return StepResult(totals, norm, count)
 
     def _seed_dropout(self, seed: int) -> None:
         if self.runtime.device.type == "cpu":
