@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+DEVELOPING = $(VENV)/.developing
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test check docs clean
 
@@ -14,7 +16,11 @@ help:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[plot]'
+	@touch $@
+
+$(DEVELOPING): $(INSTALLED)
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -24,10 +30,10 @@ demo: $(INSTALLED)
 	@echo
 	@echo "The picture of the loss is runs/demo/loss.png"
 
-test: $(INSTALLED)
+test: $(DEVELOPING)
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED)
+check: $(DEVELOPING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

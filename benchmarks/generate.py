@@ -38,7 +38,7 @@ def decoder(shape: Shape, dtype: torch.dtype, device: str = "cpu", **changes: An
     """Return a random model as `load_run` prepares a trained one."""
     model = Decoder(shape.settings().model_copy(update=changes))
     model.init_weights(torch.Generator().manual_seed(0))
-    return model.compute_in(dtype).to(device=torch.device(device), dtype=dtype).eval()
+    return model.for_generation(torch.device(device), dtype)
 
 
 def prompts(shape: Shape, count: int, length: int) -> Prompts:

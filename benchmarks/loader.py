@@ -21,6 +21,7 @@ from table import (
 )
 
 from dtt.data.loader import Loader
+from dtt.data.windows import ContiguousWindows
 
 STREAM = 20_000_000
 """Tokens: more than a CPU's cache holds."""
@@ -29,7 +30,7 @@ STREAM = 20_000_000
 def delivered(shape: Shape, folder: Path, seconds: float, tokens: int) -> float:
     """Return the tokens/s of `Loader.iter_from`, which prepares batches in its thread."""
     stream = train_step.random_stream(folder, shape.vocab, tokens)
-    batches = Loader(stream, shape.context, shape.batch, 0, 0, 1).iter_from(0)
+    batches = Loader([ContiguousWindows(stream, shape.context, 0)], shape.batch, 0).iter_from(0)
     samples = time_calls(lambda: next(batches), seconds=seconds, warmup=10, block=50)
     batches.close()
     return shape.tokens / median(samples)

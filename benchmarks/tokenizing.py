@@ -3,7 +3,7 @@
 Training: `tokenizers` called directly on documents in memory, against dtt's path, which reads them
 too. Encoding: `tokenizers` and `tiktoken` called alone in one thread on documents in memory,
 against all of `dtt tokenize` (read, encode, write, hash) with one and two workers and a given
-tokenizer.json. MB are 10^6 bytes of UTF-8.
+tokenizer.json, and with three steps of cleaning (unicode, length, pii). MB are 10^6 bytes of UTF-8.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from typing import Any
 
 from table import in_process, median, parser, print_heading, print_table, ratio, take_turns
 
-from dtt.config.data import Data, Stdlib, Text, TokenizerFile
-from dtt.data.prepare import prepare
+from dtt.config.data import Data, TokenizerFile
+from dtt.config.sources import Stdlib, Text
+from dtt.data.preparation.prepare import prepare
 from dtt.data.sources import open_source
 from dtt.tokenizer import GPT2_PATTERN, train_bpe
 
-VOCABULARY = 16384
+VOCABULARIES = {"16k": 16384, "50k": 50257}
+CLEANING = ("unicode", {"name": "length", "min_characters": 20}, "pii")
 SPECIAL = ["<|endoftext|>"]
 
 
@@ -110,14 +112,52 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
 def whole_tokenize(spec: dict[str, Any], settings: Any) -> float:
     """Return the seconds of what `dtt tokenize` does after its imports."""
     workers = int(spec["variant"].split()[2])
+    cleaning = CLEANING if spec["variant"].endswith("cleaning") else ()
     folder = Path(tempfile.mkdtemp(prefix="dtt-tokenizing-"))
     try:
         begin = time.perf_counter()
-        data = Data(source=settings, dir=folder, workers=workers)
+        data = Data.model_validate(
+            {"source": settings, "dir": folder, "workers": workers, "cleaning": cleaning}
+        )
         prepare(data, TokenizerFile(path=Path(spec["tokenizer"])))
         return time.perf_counter() - begin
     finally:
         shutil.rmtree(folder)
+
+
+def print_training(spec: dict[str, Any], size: float, rounds: int) -> None:
+    """The training of a BPE, by `tokenizers` alone and by dtt."""
+
+    def measure(variant: str) -> float:
+        return size / float(in_process(__file__, {**spec, "variant": variant})["seconds"])
+
+    found = take_turns(["tokenizers", "dtt"], measure, max(1, rounds // 2))
+    first = median(found["tokenizers"])
+    rows = [[n, max(v), median(v), ratio(median(v), first)] for n, v in found.items()]
+    print_table(["BPE training, MB/s", "best", "median", "to tokenizers"], rows)
+
+
+def print_encoding(label: str, spec: dict[str, Any], size: float, rounds: int) -> None:
+    """Encoding with one vocabulary: the encoders alone, and all of `dtt tokenize`."""
+    tokens: dict[str, float] = {}
+
+    def measure(variant: str) -> float:
+        found = in_process(__file__, {**spec, "variant": variant})
+        tokens[variant] = found.get("tokens", 0)
+        return size / float(found["seconds"])
+
+    alone = ["tokenizers alone", "tiktoken alone"]
+    whole = [f"dtt tokenize {rest}" for rest in ("1 worker", "1 worker, cleaning", "2 workers")]
+    found = take_turns([*alone, *whole], measure, rounds)
+    assert tokens[alone[0]] == tokens[alone[1]], "the encoders give different tokens"
+    best = max(median(found[name]) for name in alone)
+    one = median(found[whole[0]])
+    rows = [
+        [n, max(v), median(v), ratio(median(v), best), ratio(median(v), one)]
+        for n, v in found.items()
+    ]
+    heads = [f"encoding, {label}, MB/s", "best", "median", "to the faster encoder", "to 1 worker"]
+    print_table(heads, rows)
 
 
 def main() -> None:
@@ -126,47 +166,28 @@ def main() -> None:
         return
     options = parser(__doc__).parse_args()
     quick, rounds = options.quick, options.rounds or (1 if options.quick else 5)
-    vocabulary = 512 if quick else VOCABULARY
     with tempfile.TemporaryDirectory() as folder:
-        source = None
-        if quick:
-            texts = [text[:10_000] for text in itertools.islice(documents(Stdlib()), 150)]
-            source = f"{folder}/texts"
-            Path(source).mkdir()
-            for number, text in enumerate(texts):
-                Path(source, f"{number}.txt").write_text(text, encoding="utf-8")
+        source = small_source(Path(folder)) if quick else None
         texts = list(documents(source_settings(source)))
         size = sum(len(text.encode()) for text in texts) / 1e6
         print_heading("Tokenizing", options.threads, quick)
-        print(f"{len(texts):,} documents, {size:.1f} MB, vocabulary {vocabulary}\n")
-        tokenizer = Path(folder) / "tokenizer.json"
-        tokenizer.write_text(train_directly(texts, vocabulary), encoding="utf-8")
-        spec = {"source": source, "vocabulary": vocabulary, "tokenizer": str(tokenizer)}
-        tokens: dict[str, float] = {}
+        print(f"{len(texts):,} documents, {size:.1f} MB\n")
+        for label, vocabulary in ({"512": 512} if quick else VOCABULARIES).items():
+            tokenizer = Path(folder) / f"{label}.json"
+            tokenizer.write_text(train_directly(texts, vocabulary), encoding="utf-8")
+            spec = {"source": source, "vocabulary": vocabulary, "tokenizer": str(tokenizer)}
+            if vocabulary < 50_000:
+                print_training(spec, size, rounds)
+            print_encoding(label, spec, size, rounds)
 
-        def measure(variant: str) -> float:
-            found = in_process(__file__, {**spec, "variant": variant})
-            tokens[variant] = found.get("tokens", 0)
-            return size / float(found["seconds"])
 
-        found = take_turns(["tokenizers", "dtt"], measure, max(1, rounds // 2))
-        first = median(found["tokenizers"])
-        rows = [[n, max(v), median(v), ratio(median(v), first)] for n, v in found.items()]
-        print_table(["BPE training", "MB/s, best", "median", "to tokenizers"], rows)
-
-        alone = ["tokenizers alone", "tiktoken alone"]
-        found = take_turns(
-            [*alone, "dtt tokenize 1 worker", "dtt tokenize 2 workers"], measure, rounds
-        )
-        assert tokens[alone[0]] == tokens[alone[1]], "the encoders give different tokens"
-        best = max(median(found[name]) for name in alone)
-        one = median(found["dtt tokenize 1 worker"])
-        rows = [
-            [n, max(v), median(v), ratio(median(v), best), ratio(median(v), one)]
-            for n, v in found.items()
-        ]
-        heads = ["encoding", "MB/s, best", "median", "to the faster encoder", "to 1 worker"]
-        print_table(heads, rows)
+def small_source(folder: Path) -> str:
+    """Write a few short texts for --quick."""
+    target = folder / "texts"
+    target.mkdir()
+    for number, text in enumerate(itertools.islice(documents(Stdlib()), 150)):
+        (target / f"{number}.txt").write_text(text[:10_000], encoding="utf-8")
+    return str(target)
 
 
 if __name__ == "__main__":

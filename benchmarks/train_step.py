@@ -35,6 +35,7 @@ from table import (
 from dtt.config.optim import AdamW
 from dtt.data.loader import Loader
 from dtt.data.shards import FORMAT, Manifest, TokenStream, write_shard
+from dtt.data.windows import ContiguousWindows
 from dtt.dist import Place, start
 from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
@@ -51,7 +52,7 @@ def random_stream(folder: Path, vocab: int, tokens: int = STREAM) -> TokenStream
     ids = np.random.default_rng(0).integers(vocab, size=tokens).astype("<u2")
     figures: dict[str, Any] = {"bytes": tokens, "unknown": 0, "bits": None}
     shard = write_shard(folder, "train-00000", ids, np.array([tokens], np.uint64), **figures)
-    manifest = Manifest(FORMAT, {}, "", "<u2", vocab, {"train": [shard]})
+    manifest = Manifest(FORMAT, {}, "", "<u2", vocab, shards={"train": [shard]})
     return TokenStream(folder, manifest, "train", 0)
 
 
@@ -82,7 +83,7 @@ def dtt_stepper(
 
 def dtt_step(stepper: Stepper, shape: Shape, stream: TokenStream) -> Callable[[], object]:
     """Return a function that does one training step as the loop of `dtt train` does."""
-    batches = Loader(stream, shape.context, shape.batch, 0, 0, 1).iter_from(0)
+    batches = Loader([ContiguousWindows(stream, shape.context, 0)], shape.batch, 0).iter_from(0)
     done = 0
 
     def step() -> object:

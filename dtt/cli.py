@@ -14,8 +14,10 @@ from dtt.version import __version__
 
 # name: (summary, module with `run(argv) -> exit code`)
 COMMANDS = {
-    "download": ("Write a corpus to a text file.", "dtt.commands.download"),
+    "download": ("Bring a corpus to this disk.", "dtt.commands.download"),
     "tokenize": ("Turn a corpus into token shards.", "dtt.commands.tokenize"),
+    "data": ("Look at data: inspect, show, stats, audit.", "dtt.commands.data"),
+    "tokenizer": ("Compare tokenizers on a text.", "dtt.commands.tokenizer"),
     "train": ("Train a model, or continue its run.", "dtt.commands.train"),
     "evaluate": ("Measure a run's loss on a whole split.", "dtt.commands.evaluate"),
     "generate": ("Let a run's model write.", "dtt.commands.generate"),

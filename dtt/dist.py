@@ -1,13 +1,13 @@
-"""Ranks: who this process is, and the few things that ranks do together.
+"""Ranks with devices, and the few things that they do together; everything else asks a `Runtime`.
 
-The only reader of RANK, SLURM_*, OMPI_* and PMI_*. Everything else asks a `Runtime`.
+Who a process is among the ranks is found by `dtt.place`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -18,54 +18,12 @@ from torch import Tensor
 
 from dtt.errors import ConfigError, DttError, OtherRankError, PeerError
 from dtt.machine import cores, keep_freed_memory
+from dtt.place import Place as Place
+from dtt.place import find_place as find_place
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-# (rank, world size, local rank, local world size) as each launcher names them.
-LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among the ranks, as its launcher says."""
-
-    rank: int = 0
-    ranks: int = 1
-    local_rank: int = 0
-    local_ranks: int = 1
-    launcher: str = "none"
-
-
-def find_place(environ: Mapping[str, str]) -> Place:
-    """Read rank and world size from the environment of torchrun, MPI or Slurm, else one rank."""
-    for launcher, (rank, size, local, local_size) in LAUNCHERS.items():
-        if rank not in environ or size not in environ:
-            continue
-        # An interactive Slurm shell has these variables too, but no step of its own.
-        if launcher == "Slurm" and environ.get("SLURM_STEP_ID", "") in ("", "batch", "interactive"):
-            continue
-        try:
-            ranks = int(environ[size])
-            local_ranks = int(environ.get(local_size, "1").split("(")[0])
-            local_rank = int(environ.get(local, 0))
-            return Place(int(environ[rank]), ranks, local_rank, local_ranks, launcher)
-        except ValueError:
-            raise ConfigError(
-                f"{rank}={environ[rank]} and {size}={environ[size]} are not numbers",
-                "unset them or start through torchrun",
-            ) from None
-    return Place()
 
 
 @dataclass(frozen=True)

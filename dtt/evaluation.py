@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtt.data.loader import IGNORED, Batch, evaluation_batches
-from dtt.data.prepare import Corpus, prepare
+from dtt.data.corpora import Corpora, Portion, prepare_corpora
+from dtt.data.loader import Batch, overlapping_batches, packed_batches
+from dtt.data.packing import PackedWindows
 from dtt.data.progress import progress
+from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime
 from dtt.errors import EXIT_DONE, ConfigError, DataError
 from dtt.metrics.loggers import perplexity
@@ -57,50 +59,79 @@ def _total(values: Tensor, runtime: Runtime) -> Tensor:
     return runtime.sum(values.to(runtime.device)).cpu() if runtime.ranks > 1 else values
 
 
-def sum_loss(model: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
+def sum_loss(
+    model: Decoder, tokens: Tensor, targets: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """Return the loss in nats, summed over the targets that are not IGNORED."""
-    hidden = model.hidden(tokens).flatten(0, 1)
+    hidden = model.hidden(tokens, positions).flatten(0, 1)
     return sum_cross_entropy(hidden, model.head_weight, targets.flatten(), IGNORED)
 
 
 def evaluate(
     model: Decoder,
-    corpus: Corpus,
+    corpora: Corpora,
     split: str,
     runtime: Runtime,
     *,
     batch_size: int,
     stride: int | None = None,
     max_tokens: int | None = None,
-) -> Evaluation:
-    """Return the model's figures over a split; every token of it is a target exactly once.
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """Return the model's figures over a split, and those of each corpus of a mixture by name.
 
-    Ranks divide the windows; each may have one batch less than another. With `stride` below the
-    context, windows overlap so that each target has more text before it.
+    Every token of the split is a target exactly once. Windows are cut as in training, but with
+    `stride` they follow each other and overlap, so that each target has more text before it. Ranks
+    divide the windows; each may have one batch less than another. The figures of a mixture are
+    those of its corpora in their shares of the training tokens.
     """
-    stream = corpus.stream(split)
-    if len(stream) < 2:
-        raise DataError(f"the {split} split has no tokens", "prepare it with another data.split")
-    batches: Iterable[Batch] = evaluation_batches(
-        stream,
-        model.settings.context,
-        batch_size,
-        stride=stride,
-        max_tokens=max_tokens,
-        rank=runtime.rank,
-        ranks=runtime.ranks,
-    )
     was_training = model.training
     model.eval()
+    found = {}
+    for portion in corpora.portions:
+        batches = _batches(
+            corpora, portion, split, runtime, model.settings.context, batch_size, stride, max_tokens
+        )
+        found[portion.name] = _measure(model, portion, split, runtime, batches)
+    model.train(was_training)
+    if not corpora.data.mixture:
+        return found[""], {}
+    return _mixed([(p.share, found[p.name]) for p in corpora.portions]), found
+
+
+def _batches(
+    corpora: Corpora,
+    portion: Portion,
+    split: str,
+    runtime: Runtime,
+    context: int,
+    batch_size: int,
+    stride: int | None,
+    max_tokens: int | None,
+) -> Iterable[Batch]:
+    stream = portion.corpus.stream(split)
+    if len(stream) < 2:
+        raise DataError(f"the {split} split has no tokens", "prepare it with another data.split")
+    rank, ranks, isolate = runtime.rank, runtime.ranks, corpora.isolate(portion, context)
+    if stride is None and corpora.packing(portion, context) == "best-fit":
+        windows = PackedWindows(stream, context, isolate)
+        return packed_batches(windows, batch_size, max_tokens, rank, ranks)
+    return overlapping_batches(
+        stream, context, batch_size, stride, max_tokens, isolate, rank, ranks
+    )
+
+
+def _measure(
+    model: Decoder, portion: Portion, split: str, runtime: Runtime, batches: Iterable[Batch]
+) -> Evaluation:
     totals = torch.zeros(2, dtype=torch.float64)
     with torch.inference_mode():
         for batch in batches:
-            targets = batch.targets.to(runtime.device)
-            totals[0] += sum_loss(model, batch.tokens.to(runtime.device), targets).cpu().double()
-            totals[1] += int((batch.targets != IGNORED).sum())
-    model.train(was_training)
+            tokens, targets = batch.tokens.to(runtime.device), batch.targets.to(runtime.device)
+            places = None if batch.positions is None else batch.positions.to(runtime.device)
+            totals[0] += sum_loss(model, tokens, targets, places).cpu().double()
+            totals[1] += batch.count
     nats, count = (float(x) for x in _total(totals, runtime))
-    manifest = corpus.manifest
+    manifest = portion.corpus.manifest
     # Bytes per token of the whole split, also where only a part of it was evaluated.
     size = manifest.total(split, "bytes") * count / manifest.total(split, "tokens")
     ideal = manifest.ideal_bits(split)
@@ -110,6 +141,19 @@ def evaluate(
         tokens=int(count),
         bits_per_byte=nats / math.log(2) / size,
         floor=ideal / manifest.total(split, "bytes") if ideal else None,
+    )
+
+
+def _mixed(parts: list[tuple[float, Evaluation]]) -> Evaluation:
+    loss = sum(share * part.loss for share, part in parts)
+    # Bytes of a token, in each corpus and in the mixture.
+    sizes = [part.loss / math.log(2) / part.bits_per_byte for _, part in parts]
+    size = sum(share * s for (share, _), s in zip(parts, sizes, strict=True))
+    return Evaluation(
+        loss=loss,
+        perplexity=perplexity(loss),
+        tokens=sum(part.tokens for _, part in parts),
+        bits_per_byte=loss / math.log(2) / size,
     )
 
 
@@ -138,18 +182,18 @@ def evaluate_command(
             "some tokens would be left out: use a shorter stride",
         )
     with progress() as advance:
-        corpus = prepare(config.data, config.tokenizer, report=_warn, advance=advance)
-    if corpus.folder.name != loaded.corpus:
+        corpora = prepare_corpora(config.data, config.tokenizer, report=_warn, advance=advance)
+    if corpora.name != loaded.corpus:
         raise DataError(
-            f"the text has changed since {loaded.folder} was trained: {corpus.folder} is not "
+            f"the text has changed since {loaded.folder} was trained: {corpora.folders} is not "
             f"{loaded.corpus}",
             "restore the text that it was trained on",
         )
     runtime = Runtime(Place(), loaded.model.embed.weight.device)
     begun = time.perf_counter()
-    result = evaluate(
+    result, parts = evaluate(
         loaded.model,
-        corpus,
+        corpora,
         split,
         runtime,
         batch_size=batch_size or config.evaluation.batch_size or config.training.batch_size,
@@ -158,10 +202,15 @@ def evaluate_command(
     )
     if json:
         row = {"run": str(loaded.folder), "step": loaded.step, "split": split, **asdict(result)}
-        print(dump_json(row | {"above_floor": result.above_floor}))
+        row |= {"above_floor": result.above_floor}
+        if parts:
+            row["parts"] = {name: asdict(part) for name, part in parts.items()}
+        print(dump_json(row))
         return EXIT_DONE
     seconds = time.perf_counter() - begun
-    print(f"{loaded.folder}, step {loaded.step}, {split} split of {corpus.folder}")
+    print(f"{loaded.folder}, step {loaded.step}, {split} split of {corpora.folders}")
+    for name, part in parts.items():
+        print(f"{name}: {part.line()}")
     print(result.line())
     print(f"{result.tokens:,} tokens in {seconds:.1f} s")
     return EXIT_DONE

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtt import storage
-from dtt.data.progress import Advance, progress
+from dtt.data.progress import Advance, progress, silent
 from dtt.errors import EXIT_DONE
 from dtt.model.attention import Cache
 from dtt.model.decoder import Decoder
@@ -102,8 +102,11 @@ def stream_tokens(
             capacity = min(limit, longest + count - step)
             cache = Cache(model.settings, len(rows), capacity, padding, model.compute_dtype)
         logits = model.next_logits(fed, cache)[:, :vocab_size]
-        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
-        chosen = next_tokens(logits, sampling, uniform.to(device))
+        if sampling.temperature < GREEDY_BELOW:
+            chosen = logits.argmax(-1)
+        else:
+            drawn = [torch.rand((), generator=g, dtype=torch.float64) for g in draws]
+            chosen = next_tokens(logits, sampling, torch.stack(drawn).to(device))
         tokens: list[int | None] = []
         for i, token in enumerate(chosen.tolist()):
             ended[i] = ended[i] or token == end
@@ -142,7 +145,7 @@ def sample_texts(
     sampling: Sampling,
     *,
     seed: int,
-    advance: Advance = lambda phase, done, total: None,
+    advance: Advance = silent,
 ) -> list[str]:
     """Return a continuation of each prompt, of at most `count` tokens, without the prompt."""
     if not prompts:

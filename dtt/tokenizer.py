@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,10 @@ END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<s>")
 # GPT-2's pre-tokenizer, with possessive quantifiers where they cannot change a match (tiktoken).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# A white-space character between two others. GPT-2's pre-tokenizer always cuts before one.
+BETWEEN_WORDS = re.compile(r"(?<=\S)\s(?=\S)")
+SLICE = 1 << 18
+"""Characters that `tokenizers` is given at a time: it needs about 160 bytes for each."""
 
 
 class Tokenizer(Protocol):
@@ -94,7 +100,8 @@ class BpeTokenizer:
     """A Hugging Face `tokenizers` tokenizer.
 
     Byte-level BPE with GPT-2's pre-tokenizer is encoded by `tiktoken`, which gives the same tokens
-    four times as fast (docs/benchmarks.md); every other kind by `tokenizers` itself.
+    four times as fast (docs/benchmarks.md); every other kind by `tokenizers` itself, long texts
+    in slices of SLICE characters cut between words.
     """
 
     def __init__(self, text: str, end_of_text: str | None = None) -> None:
@@ -117,7 +124,8 @@ class BpeTokenizer:
         if self._fast is not None:
             ids: Ids = self._fast.encode_to_numpy(text, disallowed_special=())
             return ids
-        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        slices = (self._inner.encode(part, add_special_tokens=False) for part in slices_of(text))
+        return np.concatenate([np.asarray(part.ids, dtype=np.uint32) for part in slices])
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         kept = [int(i) for i in ids if i < self.vocab_size]
@@ -131,7 +139,10 @@ class BpeTokenizer:
 def train_bpe(
     documents: Iterator[str], vocab_size: int, special_tokens: Sequence[str]
 ) -> BpeTokenizer:
-    """Train a byte-level BPE with GPT-2's pre-tokenizer; the same documents give the same file."""
+    """Train a byte-level BPE with GPT-2's pre-tokenizer; the same documents give the same file.
+
+    Long documents are handed over in slices, which bounds memory and changes no word.
+    """
     from tokenizers import Tokenizer as HuggingFaceTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -144,8 +155,23 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(documents, trainer)
+    slices = (part for document in documents for part in slices_of(document))
+    inner.train_from_iterator(slices, trainer)
     return BpeTokenizer(inner.to_str(), special_tokens[0])
+
+
+def slices_of(text: str, size: int = SLICE) -> Iterator[str]:
+    """Cut a text into slices of at least `size` characters, each before a space between words.
+
+    Where none comes for as many characters again, the slice ends in the middle.
+    """
+    start = 0
+    while len(text) - start > 2 * size:
+        found = BETWEEN_WORDS.search(text, start + size, start + 2 * size)
+        stop = found.start() if found else start + size
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def named_end(settings: Mapping[str, Any]) -> str | None:
@@ -156,24 +182,35 @@ def named_end(settings: Mapping[str, Any]) -> str | None:
 
 def parse_tokenizer(text: str, where: str, end_of_text: str | None = None) -> Tokenizer:
     """Return the tokenizer that `text`, the contents of the file `where`, describes."""
-    fix = "give a Hugging Face tokenizer.json"
+    try:
+        return _parsed(text, end_of_text)
+    except ValueError as error:
+        raise DataError(
+            f"{where} is not a tokenizer: {error}", "give a Hugging Face tokenizer.json"
+        ) from None
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str, end_of_text: str | None) -> Tokenizer:
+    """Half a second for 50,000 tokens, which preparing a corpus needs three times. ValueError if it
+    is not one."""
     try:
         data = json.loads(text)
     except ValueError:
-        raise DataError(f"{where} is not a tokenizer: no valid JSON", fix) from None
+        raise ValueError("no valid JSON") from None
     kind = data.get("dtt") if isinstance(data, dict) else None
     if kind == "char" and isinstance(data.get("alphabet"), str):
         return CharTokenizer(data["alphabet"])
     if kind == "byte":
         return ByteTokenizer()
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise DataError(f"{where} is not a tokenizer: it has no `model`", fix)
+        raise ValueError("it has no `model`")
     try:
         return BpeTokenizer(text, end_of_text)
     except DataError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for every malformed file
-        raise DataError(f"{where} is not a tokenizer: {error}", fix) from None
+        raise ValueError(str(error)) from None
 
 
 def load_tokenizer(path: Path, end_of_text: str | None = None) -> Tokenizer:
@@ -182,9 +219,13 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> Tokenizer:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer {file}: {error.strerror}") from None
+        raise DataError(
+            f"cannot read the tokenizer {file}: {error.strerror}", "check tokenizer.path"
+        ) from None
     except UnicodeDecodeError:
-        raise DataError(f"{file} is not a tokenizer: not UTF-8") from None
+        raise DataError(
+            f"{file} is not a tokenizer: not UTF-8", "give a Hugging Face tokenizer.json"
+        ) from None
     return parse_tokenizer(text, str(file), end_of_text)
 
 
@@ -206,7 +247,7 @@ def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
-def _bytes_of_characters() -> dict[str, int]:
+def bytes_of_characters() -> dict[str, int]:
     """GPT-2's map from bytes to printable characters, inverted (openai/gpt-2, encoder.py)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(b): b for b in printable}
@@ -224,7 +265,7 @@ def _tiktoken_encoding(data: dict[str, Any]) -> Any | None:
     byte_level = split.get("type") == "ByteLevel" and split.get("use_regex", True)
     if not plain or not byte_level or split.get("add_prefix_space") or data.get("normalizer"):
         return None
-    to_byte, special = _bytes_of_characters(), {t["content"] for t in data["added_tokens"]}
+    to_byte, special = bytes_of_characters(), {t["content"] for t in data["added_tokens"]}
     names = {name: i for name, i in model["vocab"].items() if name not in special}
     if not all(char in to_byte for name in names for char in name):
         return None

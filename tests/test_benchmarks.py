@@ -204,3 +204,14 @@ def test_the_gpu_script_runs_without_a_gpu() -> None:
         refused = subprocess.run(command, capture_output=True, text=True, check=False)
         assert refused.returncode == 2
         assert "no GPU" in refused.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("script", "tables"), [("mixture.py", 2), ("dedup.py", 2), ("download.py", 2)]
+)
+def test_the_benchmarks_of_data_print_their_tables(script: str, tables: int) -> None:
+    text = output(script)
+    heads = [line for line in text.splitlines() if line.startswith("| --")]
+    assert len(heads) == tables
+    assert all(cell.strip() for line in text.splitlines()[8:] for cell in line.split("|")[1:-1])

@@ -166,10 +166,10 @@ def test_train_calls_the_launcher(dtt: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_tokenize_and_download_call_the_data_layer(
     dtt: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = stub(monkeypatch, "dtt.data.prepare", "prepare_command")
+    calls = stub(monkeypatch, "dtt.data.preparation.tokenizing", "prepare_command")
     assert dtt("tokenize", "-d", "stdlib", "--force")[0] == 0
     assert calls["force"] is True and calls["args"][0].data.source.name == "stdlib"
-    calls = stub(monkeypatch, "dtt.data.download", "download_command")
+    calls = stub(monkeypatch, "dtt.data.remote.download", "download_command")
     assert dtt("download", "-d", "tales", "-o", "t.txt")[0] == 0
     assert calls["output"] == Path("t.txt")
 

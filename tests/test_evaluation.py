@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtt import evaluation as module
-from dtt.config.data import Byte, Char, Data, Tales, Text
+from dtt.config.data import Byte, Char, Data, Ingredient, TokenizerFile
 from dtt.config.model import Model
 from dtt.config.schema import Config
-from dtt.data.prepare import Corpus, prepare
+from dtt.config.sources import Tales, Text
+from dtt.data.corpora import Corpora, Portion
+from dtt.data.preparation.prepare import Corpus, prepare
 from dtt.dist import Place, Runtime
 from dtt.errors import ConfigError, DataError
-from dtt.evaluation import Evaluation, evaluate, evaluate_command
+from dtt.evaluation import Evaluation, evaluate_command
 from dtt.model.decoder import Decoder
 from dtt.training.load import LoadedRun
 
@@ -52,6 +55,14 @@ def decoder(corpus: Corpus, **settings: Any) -> Decoder:
     model = Decoder(Model(**(shape | {"vocab_size": corpus.manifest.vocab_size} | settings)))
     model.init_weights(torch.Generator().manual_seed(0))
     return model.eval()
+
+
+def evaluate(model: Decoder, corpus: Corpus, *rest: Any, **settings: Any) -> Evaluation:
+    """The figures of one corpus, windows following each other."""
+    corpora = Corpora(Data(packing="contiguous"), (Portion("", corpus, 1.0),))
+    result, parts = module.evaluate(model, corpora, *rest, **settings)
+    assert parts == {}
+    return result
 
 
 def stream_of(corpus: Corpus, split: str = "val") -> Tensor:
@@ -170,6 +181,47 @@ def test_the_line_that_a_person_reads() -> None:
     assert plain.line() == "loss 1.5000  ppl 4.482  2.0000 bits/byte"
     known = Evaluation(1.5, math.exp(1.5), 10, 0.9, floor=0.75)
     assert known.line() == ("loss 1.5000  ppl 4.482  0.9000 bits/byte (floor 0.7500, +20.0%)")
+
+
+def test_packed_windows_give_every_target_and_isolated_documents_their_own_loss(
+    tmp_path: Path,
+) -> None:
+    data = Data(source=Tales(stories=60), dir=tmp_path, val_fraction=0.2, documents="isolate")
+    corpus = prepare(data, Byte())
+    model = decoder(corpus, context=2000)  # three stories in a window
+    corpora = Corpora(data, (Portion("", corpus, 1.0),))
+    found, _ = module.evaluate(model, corpora, "val", ALONE, batch_size=4)
+    assert corpora.packing(corpora.portions[0], 2000) == "best-fit"
+    assert found.tokens == corpus.manifest.total("val", "tokens")
+    tokens = stream_of(corpus)
+    ends = [0, *(tokens[1:] == corpus.tokenizer.end_of_text).nonzero()[:, 0].add(1).tolist()]
+    nats = sum(nats_of(model, tokens, a, a, b) for a, b in itertools.pairwise(ends))
+    assert found.loss == pytest.approx(nats / found.tokens, rel=1e-5)
+
+
+def test_a_mixture_has_the_figures_of_its_corpora_in_their_shares(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("The owl ran at a fox. " * 200, encoding="utf-8")
+    given = TokenizerFile(path=corpus.folder)
+    other = prepare(Data(source=Text(path=(str(text),)), dir=tmp_path), given)
+    model = decoder(corpus)
+    ingredients = (
+        Ingredient(name="a", source=Tales()),  # what they were made from does not matter here
+        Ingredient(name="b", source=Tales()),
+    )
+    corpora = Corpora(
+        Data(mixture=ingredients), (Portion("a", corpus, 0.75), Portion("b", other, 0.25))
+    )
+    found, parts = module.evaluate(model, corpora, "val", ALONE, batch_size=4)
+    a, b = (evaluate(model, one, "val", ALONE, batch_size=4) for one in (corpus, other))
+    assert parts == {"a": a, "b": b}
+    assert found.loss == pytest.approx(0.75 * a.loss + 0.25 * b.loss)
+    bytes_a, bytes_b = (c.manifest.total("val", "bytes") / c.manifest.total("val", "tokens")
+                        for c in (corpus, other))  # fmt: skip
+    bits = found.loss / math.log(2) / (0.75 * bytes_a + 0.25 * bytes_b)
+    assert found.bits_per_byte == pytest.approx(bits) and found.floor is None
 
 
 # The command

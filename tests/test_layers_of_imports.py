@@ -19,6 +19,7 @@ ROWS = {
     "dtt.machine": 0,
     "dtt.precision": 0,
     "dtt.dist": 0,
+    "dtt.place": 0,
     "dtt.storage": 0,
     "dtt.config": 1,
     "dtt.data": 2,

@@ -1,14 +1,15 @@
-"""Settings of tokenizers, sources and how text is divided."""
+"""Settings of tokenizers and of how text is divided."""
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dtt.config.cleaning import Step
 from dtt.config.section import Section
+from dtt.config.sources import Source, Tales
 
 
 class Char(Section):
@@ -34,8 +35,8 @@ class Bpe(Section):
     """Number of tokens, the 256 bytes and the special tokens included."""
     special_tokens: Annotated[tuple[str, ...], Field(min_length=1)] = ("<|endoftext|>",)
     """Tokens that no text produces; the first one separates documents."""
-    train_bytes: int = Field(100_000_000, gt=0)
-    """Train on a seeded sample of at most this many bytes."""
+    train_bytes: int = Field(100_000_000, gt=0, le=2_000_000_000)
+    """Train on a seeded sample of at most this many bytes (the trainer counts in 31 bits)."""
 
 
 class TokenizerFile(Section):
@@ -52,60 +53,19 @@ class TokenizerFile(Section):
 Tokenizer = Annotated[Char | Byte | Bpe | TokenizerFile, Field(discriminator="name")]
 
 
-class Tales(Section):
-    """Short English stories from a grammar in the package, with known entropy."""
+class Ingredient(Section):
+    """One corpus of a mixture."""
 
-    name: Literal["tales"] = "tales"
-    """Which source."""
-    stories: int = Field(20_000, gt=0)
-    """Number of stories, each a document of about half a kilobyte."""
-    seed: int = Field(0, ge=0)
-    """Which stories: the same seed always gives the same bytes."""
-
-
-class Stdlib(Section):
-    """The sources of this Python's standard library: tens of MB of code, no download."""
-
-    name: Literal["stdlib"] = "stdlib"
-    """Which source."""
-
-
-class Text(Section):
-    """Text files: a file, a folder (all files below it), a glob, or a list of these."""
-
-    name: Literal["text"] = "text"
-    """Which source."""
-    path: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, json_schema_extra={"type": ["array", "string"]}),
-    ]
-    """Files, folders or globs."""
-    encoding: str = "utf-8"
-    """Encoding of the files."""
-    on_bad: Literal["error", "replace", "skip"] = "error"
-    """Bytes that are not in this encoding: stop, put U+FFFD, or leave the document out."""
-    separator: str | None = None
-    """Text between two documents of a file, such as "\\n\\n"; null: a file is one document."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_path_is_a_list(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("path"), str | Path):
-            data = {**data, "path": (str(data["path"]),)}
-        return data
-
-    @model_validator(mode="after")
-    def _known_encoding(self) -> Text:
-        try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            raise ValueError(f"unknown encoding {self.encoding!r}") from None
-        if self.separator == "":
-            raise ValueError("separator must not be empty (null: a file is one document)")
-        return self
-
-
-Source = Annotated[Tales | Stdlib | Text, Field(discriminator="name")]
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """What it is called where its own figures are shown."""
+    source: Source
+    """Its corpus."""
+    weight: float | None = Field(None, gt=0)
+    """Its share of the training tokens, in proportion to the others'; null: by its size."""
+    max_epochs: float | None = Field(None, gt=0)
+    """See it at most so often; then the others share its part. null: without end."""
+    cleaning: tuple[Step, ...] | None = None
+    """Steps of cleaning for it alone; null: those of `data.cleaning`."""
 
 
 class Data(Section):
@@ -113,6 +73,19 @@ class Data(Section):
 
     source: Source = Tales()
     """The corpus."""
+    mixture: tuple[Ingredient, ...] = ()
+    """Several corpora instead of `source`, each prepared apart, with one tokenizer for all."""
+    temperature: float = Field(1.0, gt=0)
+    """Weights that are null are a corpus's tokens ^ (1 / temperature): above 1 is more even."""
+    packing: Literal["auto", "contiguous", "best-fit"] = "auto"
+    """How windows are cut: one after another through the text, or packed with whole documents, the
+    rest padded; auto: packed where a document has on average at most `model.context` tokens."""
+    documents: Literal["auto", "join", "isolate"] = "auto"
+    """Whether a token sees documents before its own in the same window (join) or not (isolate);
+    auto: not in packed windows."""
+    cleaning: tuple[Step, ...] = ()
+    """What is done to documents before anything else, in this order: names of steps, or sections
+    with their settings (docs/cleaning.md)."""
     repeat: int = Field(1, ge=1)
     """Write the training text this many times (after the validation split), for tiny corpora."""
     val_fraction: float = Field(0.05, gt=0, lt=1)
@@ -123,3 +96,27 @@ class Data(Section):
     """Prepared token shards go into a folder below this one, and are found there again."""
     workers: int = Field(0, ge=0)
     """Processes that encode text; 0: one per core."""
+
+    @model_validator(mode="after")
+    def _whole_mixture(self) -> Data:
+        names = [part.name for part in self.mixture]
+        if len(set(names)) < len(names):
+            raise ValueError("two corpora of the mixture have the same name")
+        weighted = [part.weight is not None for part in self.mixture]
+        if any(weighted) and not all(weighted):
+            raise ValueError("either all corpora of the mixture have a weight or none")
+        return self
+
+
+def data_of_parts(data: Data) -> list[Data]:
+    """Return the settings of each corpus of a mixture, or those of the only one."""
+    return [
+        data.model_copy(
+            update={
+                "source": part.source,
+                "cleaning": data.cleaning if part.cleaning is None else part.cleaning,
+                "mixture": (),
+            }
+        )
+        for part in data.mixture
+    ] or [data]

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dtt.config.fields import leaves, sections, subsection, union_members
+from dtt.config.fields import leaves, list_item, lists, sections, subsection, union_members
 from dtt.config.schema import Config
 from dtt.config.section import Section
 from dtt.config.yaml_text import Key
@@ -24,6 +24,14 @@ MESSAGES = {
     "finite_number": "should be a finite number",
 }
 
+PATTERNS = {
+    r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "should be module:function",
+    r"^[\w.-]+$": "should be letters, digits, '.', '_' and '-'",
+    r"^[\w.-]+(/[\w.-]+)?$": "should be a data set's name on the Hub, as in owner/name",
+    r"^[^/\\\s.][^/\\\n\t]*$": "should be a folder's name: no slashes, no dot or space first",
+}
+"""What the patterns of the schema ask for."""
+
 _brief = Repr()
 _brief.maxstring = _brief.maxother = 100
 
@@ -31,8 +39,8 @@ _brief.maxstring = _brief.maxother = 100
 def error_lines(error: ValidationError, origins: Mapping[Key, str]) -> Iterator[str]:
     """One line for each thing that is wrong; `origins` says which line or flag set a key."""
     for detail in error.errors(include_url=False):
-        key, union = _locate(detail)
-        message = _message(detail, key, union)
+        key, union, names = _locate(detail)
+        message = _message(detail, key, union, names)
         yield _where(key, message, origins) + message
 
 
@@ -42,17 +50,23 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _locate(detail: ErrorDetails) -> tuple[Key, str]:
+def _locate(detail: ErrorDetails) -> tuple[Key, str, list[str]]:
     """The dotted key of an error without the union tags that pydantic puts into it.
 
-    Also the innermost union on the way, as "optimizer adamw" (empty when there is none).
+    Also the innermost union on the way, as "optimizer adamw" (empty when there is none), and the
+    names of the members of the last one.
     """
     parts, key, union = list(detail["loc"]), [], ""
+    members: dict[str, type[Section]] = {}
     section: type[Section] | None = Config
     while parts:
         name = str(parts.pop(0))
         key.append(name)
         field = section.model_fields.get(name) if section else None
+        item = list_item(field) if field else None
+        if item is not None and parts:
+            field = item
+            key.append(str(parts.pop(0)))
         members = union_members(field) if field else {}
         section = subsection(field) if field else None
         if members and parts:
@@ -60,7 +74,7 @@ def _locate(detail: ErrorDetails) -> tuple[Key, str]:
             section, union = members[tag], f"{'.'.join(key)} {tag}"
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
         key.append("name")
-    return tuple(key), union
+    return tuple(key), union, list(members)
 
 
 def _where(key: Key, message: str, origins: Mapping[Key, str]) -> str:
@@ -76,16 +90,23 @@ def _where(key: Key, message: str, origins: Mapping[Key, str]) -> str:
     return f"{place}: " if place.startswith("-") and known == key else f"{place}: {path}: "
 
 
-def _message(detail: ErrorDetails, key: Key, union: str) -> str:
+def _message(detail: ErrorDetails, key: Key, union: str, names: list[str]) -> str:
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
         return _unknown(key, union)
     if kind == "union_tag_invalid":
         context = detail["ctx"]
-        names = context["expected_tags"].replace("'", "")
-        return f"should be one of {names}, got {context['tag']!r}"
+        tags = context["expected_tags"].replace("'", "")
+        return f"should be one of {tags}, got {context['tag']!r}"
+    if kind == "union_tag_not_found":
+        return f"is required: one of {', '.join(names)}"
     text = re.sub(r"^(Value error, |Input )|, (unable to|got) .*", "", detail["msg"])
     text = MESSAGES.get(kind, text)
+    if kind == "string_pattern_mismatch":
+        text = PATTERNS.get(detail["ctx"]["pattern"], text)
+    if kind == "too_short":
+        least = detail["ctx"]["min_length"]
+        return f"needs at least {'one value' if least == 1 else f'{least} values'}"
     if kind == "missing":
         if key[-1].isdigit():
             return "one value is missing"
@@ -106,6 +127,13 @@ def _plain(value: Any) -> str:
 
 def _unknown(key: Key, union: str) -> str:
     path, known = ".".join(key), [*leaves(), *sections()]
+    listed = next((name for name in lists() if path.startswith(f"{name}.")), None)
+    if listed is not None:
+        kinds = lists()[listed]
+        kind = kinds.get(union.rpartition(" ")[2]) or next(iter(kinds.values()))
+        inside = [leaf.path for leaf in kind.leaves]
+        hint = did_you_mean(".".join(key[listed.count(".") + 2 :]), inside)
+        return f"unknown key{hint}" if hint else f"unknown key in {union or listed}"
     leaf = leaves().get(path)
     if leaf and leaf.members and union:
         return f"{union} has no {key[-1]} ({', '.join(leaf.members)} {_has(leaf.members)})"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -52,6 +52,14 @@ class Leaf:
         return get_origin(self.annotation) is tuple
 
 
+class Item(NamedTuple):
+    """One kind of item of a list of sections: what it is, and its settings, without the list's path
+    and the item's number."""
+
+    doc: str
+    leaves: tuple[Leaf, ...]
+
+
 def union_members(field: FieldInfo) -> dict[str, type[Section]]:
     """The members of a union of sections by their name; empty for any other field."""
     if field.discriminator is None:
@@ -66,6 +74,15 @@ def subsection(field: FieldInfo) -> type[Section] | None:
     """The section that a field holds, when it holds just one kind."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def list_item(field: FieldInfo) -> FieldInfo | None:
+    """What a list of sections holds, as if it were a field; None for any other field."""
+    arguments = get_args(field.annotation)
+    if get_origin(field.annotation) is not tuple or arguments[-1] is not ...:
+        return None
+    item = FieldInfo.from_annotation(arguments[0])
+    return item if subsection(item) or union_members(item) else None
 
 
 @cache
@@ -94,11 +111,34 @@ def sections() -> dict[str, str]:
     return {"run": "The run as a whole.", **dict(_sections(Config, ""))}
 
 
+@cache
+def lists() -> dict[str, dict[str, Item]]:
+    """The items of every list of sections by its dotted path, then by their name (or "")."""
+    return dict(_lists(Config, ""))
+
+
+def _lists(section: type[Section], prefix: str) -> Iterator[tuple[str, dict[str, Item]]]:
+    for name, field in section.model_fields.items():
+        inner, item = subsection(field), list_item(field)
+        if item is not None:
+            only = subsection(item)
+            kinds = {"": only} if only else union_members(item)
+            yield (
+                f"{prefix}{name}",
+                {
+                    tag: Item((kind.__doc__ or "").strip(), tuple(_walk(kind, "")))
+                    for tag, kind in kinds.items()
+                },
+            )
+        for kind in [inner] if inner else list(union_members(field).values()):
+            yield from _lists(kind, f"{prefix}{name}.")
+
+
 def _sections(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in section.model_fields.items():
         inner = subsection(field)
         kinds = [inner] if inner else list(union_members(field).values())
-        if kinds:
+        if kinds or list_item(field):
             yield f"{prefix}{name}", field.description or ""
         for kind in kinds:
             yield from _sections(kind, f"{prefix}{name}.")
@@ -108,7 +148,7 @@ def _walk(section: type[Section], prefix: str) -> Iterator[Leaf]:
     for name, field in section.model_fields.items():
         path, members, inner = f"{prefix}{name}", union_members(field), subsection(field)
         if members:
-            chosen = field.get_default().name
+            chosen = "required" if field.is_required() else field.get_default().name
             doc = "; ".join(f"{tag}: {_first_line(kind)}" for tag, kind in members.items())
             names = Literal[tuple(members)]  # type: ignore[valid-type]
             yield Leaf(f"{path}.name", names, doc, "|".join(members), chosen)
@@ -150,6 +190,8 @@ def type_text(annotation: Any) -> str:
         kinds = [type_text(kind) for kind in arguments if kind is not type(None)]
         return " or ".join([*kinds, "null"] if type(None) in arguments else kinds)
     if origin is tuple:
+        if list_item(FieldInfo.from_annotation(annotation)):
+            return "list of sections"
         inner = type_text(arguments[0])
         return f"list of {inner}" if arguments[-1] is ... else f"{len(arguments)} {inner}s"
     return NAMES.get(annotation, str(annotation))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from dtt.config.layers import exists
 from dtt.config.load import load_config
 from dtt.config.parser import CommandParser, ShowHelp
 from dtt.config.schema import Config
+from dtt.config.sources import DATA_SET_FILES, record_format
 from dtt.errors import ConfigError
 
 # Familiar names for a setting. A setting of two words reads the same with - and with _.
@@ -22,6 +24,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "name": ("-n",),
     "dir": ("--checkpoint-dir",),
     "seed": ("-s",),
+    "data.source.max_documents": ("--max-documents",),
+    "data.source.max_bytes": ("--max-bytes",),
     "model.preset": ("--model",),
     "model.context": ("--block-size", "--n-ctx"),
     "model.dropout": ("--dropout",),
@@ -47,6 +51,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
+PROJECT_DATASETS = Path("configs/project_datasets")
+"""Where the project that is worked in keeps its dataset files: -d finds them by their names."""
+FILE_ENDING = re.compile(r"\.(txt|md|text|json\w*|ndjson|parquet|arrow|csv|py|gz|zst|bz2|xz)$")
+
+
 @dataclass
 class Given:
     """What the command line says about the configuration: load_config's arguments."""
@@ -68,11 +77,31 @@ class Given:
 
 def _data_path(given: Given, flag: str, text: str) -> None:
     given.set_corpus(flag)
-    given.set("data.source.name", flag, "text")
     # The name of an existing file may have commas in it.
     is_one = not text.startswith("[") and exists(Path(text))
+    names = [text] if is_one else [name.strip(" \"'") for name in text.strip("[]").split(",")]
+    rows = [_has_rows(name) for name in names if name]
+    if any(rows) and not all(rows):
+        raise ConfigError(
+            f"{flag}: {names[rows.index(True)]} has rows, {names[rows.index(False)]} is text",
+            "give files of one kind",
+        )
+    given.set("data.source.name", flag, "records" if any(rows) else "text")
     given.set("data.source.path", flag, json.dumps([text]) if is_one else text)
-    given.implied["tokenizer"] = {"name": "char"}
+    if not any(rows):
+        given.implied["tokenizer"] = {"name": "char"}
+
+
+def _has_rows(name: str) -> bool:
+    """Whether a path is of JSON lines, Parquet or Arrow: by its ending, or as a folder of these."""
+    path = Path(name)
+    if record_format(name) or any(exists(path / file) for file in DATA_SET_FILES):
+        return True
+    try:
+        inside = [file.name for file in path.iterdir() if file.name[0] != "." and file.is_file()]
+    except (OSError, ValueError):  # a file, a glob, or nothing
+        return False
+    return bool(inside) and all(record_format(file) for file in inside)
 
 
 def _dataset(given: Given, flag: str, text: str) -> None:
@@ -82,10 +111,27 @@ def _dataset(given: Given, flag: str, text: str) -> None:
     elif text.endswith((".yaml", ".yml")):
         given.set_corpus(flag)
         given.dataset = text
+    elif exists(PROJECT_DATASETS / f"{text}.yaml"):
+        given.set_corpus(flag)
+        given.dataset = str(PROJECT_DATASETS / f"{text}.yaml")
+    elif text.strip('["').startswith(("http://", "https://")):
+        given.set_corpus(flag)
+        given.set("data.source.name", flag, "url")
+        given.set("data.source.urls", flag, text if text[0] == "[" else json.dumps([text]))
+    elif is_hub_name(text):
+        given.set_corpus(flag)
+        given.set("data.source.name", flag, "hub")
+        given.set("data.source.dataset", flag, text)
     else:
         _data_path(given, flag, text)
         if not all(name.strip(" []\"'").endswith(".txt") for name in text.split(",")):
             given.implied.clear()
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it reads as ORG/NAME on the Hub: no file of that name is here, nor would be."""
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text)
+    return plain is not None and not exists(Path(text)) and not FILE_ENDING.search(text)
 
 
 def _tokenizer(given: Given, flag: str, text: str) -> None:
@@ -102,11 +148,16 @@ Composite = Callable[[Given, str, str], None]
 
 # Aliases that say more than one setting: (names, value, what they mean, how).
 COMPOSITES: tuple[tuple[tuple[str, ...], str, str, Composite], ...] = (
-    (("--data-path",), "PATH ...", "text files as the corpus; characters, unless told", _data_path),
+    (
+        ("--data-path",),
+        "PATH ...",
+        "text files (characters, unless told), JSON lines, Parquet or Arrow",
+        _data_path,
+    ),
     (
         ("-d", "--dataset"),
         "CORPUS ...",
-        "tales, stdlib, text files, or a .yaml with the keys of `data`",
+        "tales, stdlib, files, ORG/NAME on the Hub, URLs, or a .yaml with the keys of `data`",
         _dataset,
     ),
     (("--tokenizer",), "NAME|FILE", "char, byte, bpe or a tokenizer.json", _tokenizer),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dtt.config.explain import did_you_mean
-from dtt.config.fields import Leaf, leaves, sections
+from dtt.config.fields import Item, Leaf, leaves, lists, sections
 from dtt.errors import ConfigError
 
 Aliases = Mapping[str, Sequence[str]]
@@ -28,13 +29,25 @@ def section_help(prog: str, section: str, aliases: Aliases) -> str:
     path = _find(section)
     prefix = "" if path == "run" else f"{path}."
     inside = [leaf for leaf in leaves().values() if _is_inside(leaf, path)]
-    text = f"usage: {prog} [--{prefix}FIELD VALUE ...]\n\n{path}: {sections()[path]}\n\n"
+    doc = " ".join(sections()[path].split())
+    text = f"usage: {prog} [--{prefix}FIELD VALUE ...]\n\n{path}: {doc}\n\n"
     for leaf in inside:
-        names = ", ".join([leaf.flag, *aliases.get(leaf.path, ())])
-        note = f"{leaf.doc} (default: {leaf.default})"
-        text += f"  {names}  {leaf.type}\n"
-        text += textwrap.fill(note, 96, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
+        text += _entry(", ".join([leaf.flag, *aliases.get(leaf.path, ())]), leaf)
+    for name, item in lists().get(path, {}).items():
+        text += f"\n{name or 'each'}: {' '.join(item.doc.split())}\n"
+        text += "".join(_entry(leaf.path, leaf) for leaf in _settings(name, item))
     return text
+
+
+def _settings(name: str, item: Item) -> list[Leaf]:
+    """What can be set in an item of a list; the name of its kind is its heading."""
+    return [leaf for leaf in item.leaves if not (name and leaf.path == "name")]
+
+
+def _entry(names: str, leaf: Leaf) -> str:
+    note = f"{leaf.doc} (default: {leaf.default})"
+    wrapped = textwrap.fill(note, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"  {names}  {leaf.type}\n{wrapped}\n"
 
 
 def configuration_page(aliases: Aliases, composites: Composites) -> str:
@@ -53,6 +66,13 @@ def configuration_page(aliases: Aliases, composites: Composites) -> str:
         rows = "\n".join(_row(leaf, aliases) for leaf in own)
         head = "| setting | type | default | meaning |\n|---|---|---|---|\n"
         page += [f"{title}\n\n{doc}", head + rows] if own else [f"{title}\n\n{doc}"]
+        for name, item in lists().get(section, {}).items():
+            rows = "\n".join(
+                _row(replace(leaf, path=f"{section}[].{leaf.path}"), {})
+                for leaf in _settings(name, item)
+            )
+            page += [f"**{name}**: {item.doc}"] if name else []
+            page += [head + rows] if rows else []
     rows = "\n".join(f"| `{_cell(names)}` | {_cell(meaning)} |" for names, meaning in composites)
     page.append("## Shorthands\n\nFlags that say more than one setting.")
     page.append(f"| flag | meaning |\n|---|---|\n{rows}")
@@ -66,7 +86,7 @@ def _row(leaf: Leaf, aliases: Aliases) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

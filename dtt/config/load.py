@@ -18,12 +18,13 @@ from dtt.config.fields import Leaf, leaves, subsection, union_members
 from dtt.config.layers import Layer, file_layers, preset_layers
 from dtt.config.schema import Config
 from dtt.config.section import Section
+from dtt.config.sources import source_label
 from dtt.config.yaml_text import Tree, parse_inline, read_yaml, write_yaml
 from dtt.errors import ConfigError
 
 SCHEMA_FILE = "config.schema.json"
 # Leaves whose text may hold a newline or tab, written \n and \t on a command line.
-ESCAPED = ("data.source.separator", "sample.prompts")
+ESCAPED = ("data.source.separator", "data.source.template", "sample.prompts")
 
 Overrides = Mapping[str, tuple[str, str]]
 
@@ -67,7 +68,10 @@ def named(config: Config, files: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML; load_config reads it back equal."""
     head = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
-    return head + write_yaml(config.model_dump(mode="json"))
+    tree = config.model_dump(mode="json")
+    if config.data.mixture:
+        del tree["data"]["source"]
+    return head + write_yaml(tree)
 
 
 def json_schema() -> dict[str, Any]:
@@ -86,7 +90,8 @@ def parse_value(leaf: Leaf | None, text: str) -> Any:
     arguments = get_args(leaf.annotation) if leaf else ()
     if leaf is None or (text in ("null", "none", "None") and type(None) in arguments):
         return text if leaf is None else None
-    if text.startswith(("[", "{")):
+    is_text = not leaf.is_list and str in (leaf.annotation, *arguments)
+    if text.startswith(("[", "{")) and not is_text:
         return parse_inline(text)
     if leaf.path in ESCAPED:
         text = text.replace("\\n", "\n").replace("\\t", "\t")
@@ -122,9 +127,28 @@ def _fold(layers: Iterable[Layer]) -> Layer:
             new = {key: place for key, place in base.origins.items() if key[0] == "model"}
             tree = {**result.tree, "model": base.tree.get("model", {})}
             result = Layer(tree, {**kept, **new})
+        result = _without_other_corpora(result, layer)
         tree = _merge(Config, result.tree, layer.tree)
         result = Layer(tree, {**result.origins, **layer.origins})
     return result
+
+
+def _without_other_corpora(below: Layer, above: Layer) -> Layer:
+    """`below` without the mixture that a source in `above` replaces, or the other way round."""
+    said = above.tree.get("data")
+    said = said if isinstance(said, dict) else {}
+    if said.get("mixture") and said.get("source"):
+        where = above.origins.get(("data", "mixture"), "data.mixture")
+        raise ConfigError(
+            f"{where}: data.mixture and data.source are both given",
+            "leave one of them out, or make the source a part of the mixture",
+        )
+    data = below.tree.get("data")
+    gone = "mixture" if said.get("source") else "source" if said.get("mixture") else None
+    if gone is None or not isinstance(data, dict):
+        return below
+    left = {key: value for key, value in data.items() if key != gone}
+    return Layer({**below.tree, "data": left}, below.origins)
 
 
 def _merge(section: type[Section] | None, below: Tree, above: Tree) -> Tree:
@@ -181,10 +205,10 @@ def _default_name(files: Sequence[str], config: Config) -> str:
     """The last file's name; else the first text's; else the source's."""
     if files:
         candidates = [Path(files[-1]).stem]
-    elif config.data.source.name == "text":
+    elif config.data.source.name in ("text", "records"):
         path = Path(config.data.source.path[0])
         candidates = [path.stem, *(parent.name for parent in path.absolute().parents)]
     else:
-        candidates = [config.data.source.name]
+        candidates = [source_label(config.data.source)]
     clean = (re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in candidates)
     return next((name for name in clean if name), "run")

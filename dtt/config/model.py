@@ -66,7 +66,8 @@ class Model(Section):
     """Width of a head; null: dim / heads."""
     hidden: int | None = Field(None, gt=0)
     """Width of the MLP; null: 4 dim, or 8/3 dim rounded up to a multiple of 64 for swiglu."""
-    context: int = Field(256, gt=0)
+    # Two stories of the default corpus and its tokenizer fill it to 97%.
+    context: int = Field(288, gt=0)
     """Longest sequence, in tokens; training windows have this length."""
     vocab_size: int | None = Field(None, gt=0)
     """Rows of the embedding; null: the tokenizer's size. Larger is padding, smaller is an error."""

@@ -22,7 +22,7 @@ class Training(Section):
     """The loop."""
 
     max_steps: int | None = Field(None, gt=0)
-    """Optimizer steps; null: as `epochs` says, or 1200."""
+    """Optimizer steps; null: as `epochs` says, or 900."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training text; with max_steps, the run ends at whichever comes first."""
     batch_size: int = Field(8, gt=0)

@@ -60,7 +60,10 @@ for _name, _pattern, _first in (
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
 _Dumper.add_representer(
-    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True)
+    list,
+    lambda dumper, items: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", items, not any(isinstance(item, dict) for item in items)
+    ),
 )
 
 
@@ -108,7 +111,8 @@ def parse_inline(text: str) -> Any:
 
 
 def write_yaml(tree: Tree) -> str:
-    """YAML text of plain values that parse_yaml reads back equal; lists stand on one line."""
+    """YAML text of plain values that parse_yaml reads back equal; a list stands on one line, one of
+    sections on several."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
 ROUNDS = 6
 BLOCK = 4096
 """Samples whose places are computed at once, and kept for the next steps."""
@@ -51,46 +52,37 @@ def _hash(values: U64) -> U64:
     return values ^ values >> np.uint64(31)
 
 
-class WindowOrder:
-    """Which window of the token stream sample number g of a run is.
+class Order:
+    """Which of `size` items sample number g of a run is: every epoch visits each item once, in an
+    order of its own."""
 
-    Each epoch divides the stream into `windows` windows of `context` targets and visits every one
-    once, in an order of its own; the division of each epoch but the first is shifted, so that later
-    epochs do not see the same windows again.
-    """
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        # Not many epochs of a tiny corpus at once: each is a call of its own.
+        self._block_size = min(BLOCK, max(64, size))
+        self._blocks: dict[int, tuple[I64, I64]] = {}
 
-    def __init__(self, stream_length: int, context: int, seed: int) -> None:
-        self.context, self.seed = context, seed
-        self._targets = stream_length - 1
-        self._blocks: dict[int, NDArray[np.int64]] = {}
-        self.windows = self._targets // context
-        if self.windows > 1:
-            self.windows = (self._targets - context + 1) // context
-
-    def starts(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the stream positions where samples [first, first + count) begin."""
-        numbers = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+    def places(self, first: int, count: int) -> tuple[I64, I64]:
+        """Return the epochs and the items of samples [first, first + count)."""
+        numbers = range(first // self._block_size, (first + count - 1) // self._block_size + 1)
         self._blocks = {n: self._block(n) for n in numbers}
-        whole = np.concatenate(list(self._blocks.values()))
-        return whole[first - numbers[0] * BLOCK :][:count]
+        inside = slice(
+            first - numbers[0] * self._block_size, first - numbers[0] * self._block_size + count
+        )
+        epochs, items = zip(*self._blocks.values(), strict=True)
+        return np.concatenate(epochs)[inside], np.concatenate(items)[inside]
 
-    def _block(self, number: int) -> NDArray[np.int64]:
+    def _block(self, number: int) -> tuple[I64, I64]:
         # One call for many samples: numpy's overhead on a batch of 12 is that of thousands.
         if number in self._blocks:
             return self._blocks[number]
-        return self._compute(number * BLOCK, BLOCK)
-
-    def _compute(self, first: int, count: int) -> NDArray[np.int64]:
-        samples = np.arange(first, first + count, dtype=np.uint64)
-        epochs = samples // np.uint64(self.windows)
-        out = np.empty(count, np.int64)
+        samples = np.arange(
+            number * self._block_size, (number + 1) * self._block_size, dtype=np.uint64
+        )
+        epochs = samples // np.uint64(self.size)
+        items = np.empty(self._block_size, np.int64)
         for epoch in np.unique(epochs).tolist():
             mine = epochs == epoch
-            inside = samples[mine] - np.uint64(epoch * self.windows)
-            window = permute(inside, self.windows, mix(self.seed, 1, epoch))
-            out[mine] = window.astype(np.int64) * self.context + self._shift(epoch)
-        return out
-
-    def _shift(self, epoch: int) -> int:
-        room = min(self._targets - self.windows * self.context, self.context - 1)
-        return mix(self.seed, 2, epoch) % (room + 1) if epoch else 0
+            inside = samples[mine] - np.uint64(epoch * self.size)
+            items[mine] = permute(inside, self.size, mix(self.seed, 1, epoch)).astype(np.int64)
+        return epochs.astype(np.int64), items

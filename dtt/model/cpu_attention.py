@@ -19,11 +19,12 @@ BLOCK = 256
 class BlockedAttention(torch.autograd.Function):
     """softmax(Q K^T / sqrt(width) + causal mask) V for q, k, v [N, T, width], one N per head.
 
-    Keeps the probabilities for the backward pass: N x T^2 / 2 numbers.
+    `hidden` [B or 1, 1, T, T] says what else a query does not see; heads of one row of the batch
+    follow each other in N. Keeps the probabilities for the backward pass: N x T^2 / 2 numbers.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         length, scale = q.shape[1], q.shape[2] ** -0.5
         kept, out = [], []
         for start in range(0, length, BLOCK):
@@ -31,6 +32,9 @@ class BlockedAttention(torch.autograd.Function):
             mask = _future(stop - start, stop, q.dtype)
             keys = k[:, :stop].transpose(1, 2)
             scores = torch.baddbmm(mask, q[:, start:stop], keys, alpha=scale)
+            if hidden is not None:
+                heads = scores.view(len(hidden), -1, stop - start, stop)
+                heads.masked_fill_(hidden[:, :, start:stop, :stop], float("-inf"))
             weights = torch.softmax(scores, -1)
             kept.append(weights)
             out.append(torch.bmm(weights, v[:, :stop]))
@@ -38,7 +42,7 @@ class BlockedAttention(torch.autograd.Function):
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *kept = ctx.saved_tensors
         length, scale = q.shape[1], q.shape[2] ** -0.5
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -59,16 +63,21 @@ class BlockedAttention(torch.autograd.Function):
             else:
                 dk[:, :stop] += dk_part
                 dv[:, :stop] += dv_part
-        return dq, dk, dv
+        return dq, dk, dv, None
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention [B, heads, T, width]; k and v may have fewer, shared heads."""
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return causal attention [B, heads, T, width]; k and v may have fewer, shared heads.
+
+    `mask`, which broadcasts to [B, 1, T, T], is true where a query sees a key; every query sees
+    itself.
+    """
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.reshape(batch * heads, length, width) for x in (q, k, v))
-    y: Tensor = BlockedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    hidden = None if mask is None else ~mask.view(-1, 1, length, length)
+    y: Tensor = BlockedAttention.apply(q, k, v, hidden)  # type: ignore[no-untyped-call]
     return y.view(batch, heads, length, width)
 
 

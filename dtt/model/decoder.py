@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtt.config.model import Learned, Model, Rotary
-from dtt.model.attention import Attention, Cache, visible
+from dtt.model.attention import Attention, Cache, document_mask, visible
 from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from dtt.model.positions import rotation_table
 
@@ -88,6 +88,19 @@ class Decoder(nn.Module):
             block.compute_dtype = dtype
         return self
 
+    def for_generation(self, device: torch.device, dtype: torch.dtype) -> Decoder:
+        """Put the parameters on a device, in the type and order that generation reads fastest."""
+        self.compute_in(dtype).to(device=device, dtype=dtype).eval()
+        for module in self.modules():
+            if isinstance(module, LayerNorm | RMSNorm):
+                module.float()  # as the residual stream that it reads
+        if device.type == "cpu" and dtype == torch.float32:
+            # A product of one row with a matrix in this order takes 0.6 to 0.7 of the time.
+            for parameter in self.parameters():
+                if parameter.ndim == 2:
+                    parameter.data = parameter.data.t().contiguous().t()
+        return self
+
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [vocabulary, dim]."""
@@ -108,9 +121,13 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Return the normed state [B, T, dim] before the head."""
+        """Return the normed state [B, T, dim] before the head.
+
+        `positions` [B, T] are places in documents: a token sees back to place 0 of its own, so
+        that documents in one row do not see each other. Without them a row is one text.
+        """
         length = tokens.shape[1]
-        mask = self._mask(length, tokens.device, cache)
+        mask = self._mask(length, tokens.device, positions, cache)
         if cache is not None and positions is None:
             positions = cache.positions(length)
         x = F.embedding(tokens, self.embed.weight)
@@ -143,10 +160,14 @@ class Decoder(nn.Module):
         x = self.hidden(tokens, cache=cache)[:, -1]
         return F.linear(x, self.head_weight.to(x.dtype))
 
-    def _mask(self, length: int, device: torch.device, cache: Cache | None) -> Tensor | None:
+    def _mask(
+        self, length: int, device: torch.device, positions: Tensor | None, cache: Cache | None
+    ) -> Tensor | None:
         window = self.settings.window
         if cache is not None:
             return cache.mask(length, window)
+        if positions is not None:
+            return document_mask(positions, window)
         if window is None or window >= length:
             return None
         places = torch.arange(length, device=device)

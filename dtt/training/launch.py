@@ -23,7 +23,7 @@ from torch.distributed import DistError
 
 from dtt.config.load import named
 from dtt.config.schema import Config
-from dtt.data.prepare import prepare
+from dtt.data.corpora import prepare_corpora
 from dtt.data.progress import progress
 from dtt.dist import find_place, leave, start
 from dtt.errors import (
@@ -39,6 +39,7 @@ from dtt.training.batching import divide
 from dtt.training.folder import run_folder
 from dtt.training.loop import closing_lines, fit
 from dtt.training.picture import draw_loss, sparkline
+from dtt.training.preemption import exit_on_preemption
 from dtt.training.run import open_run
 
 GRACE = 10.0
@@ -56,6 +57,7 @@ class Trained:
     best_loss: float | None
 
 
+@exit_on_preemption()
 def train(config: Config, *, resume: str | Path | None = None, fresh: bool = False) -> Trained:
     """Train as this process's rank (alone, or as torchrun, Slurm or MPI placed it).
 
@@ -110,6 +112,8 @@ def _rank(
         return EXIT_DONE if train(config, resume=resume, fresh=fresh).complete else EXIT_PREEMPTED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemExit as stop:
+        return int(stop.code or 0)
     except Exception as error:
         if config.logging.level == "debug":
             traceback.print_exc()
@@ -128,7 +132,7 @@ def _rank(
 def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh: bool) -> int:
     """Fork one process per rank and wait; the first that fails decides the exit code."""
     with progress() as advance:  # not while ranks wait for each other, which has a time limit
-        prepare(config.data, config.tokenizer, report=_warn, advance=advance)
+        prepare_corpora(config.data, config.tokenizer, report=_warn, advance=advance)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     # Forked workers share the imports of this process, which must not have used OpenMP or CUDA.
     start_method = "fork" if sys.platform == "linux" else "spawn"

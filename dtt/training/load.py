@@ -61,7 +61,10 @@ def load_run(
     weights = saved.tensors("model")
     check_weights(model, weights, saved.path)
     model.load_state_dict(weights, assign=True)
-    model.compute_in(dtype).to(device=chosen, dtype=dtype if cast else None).eval()
+    if cast:
+        model.for_generation(chosen, dtype)
+    else:
+        model.compute_in(dtype).to(chosen).eval()
     return LoadedRun(folder, saved.step, config, tokenizer, saved.state["corpus"], model)
 
 

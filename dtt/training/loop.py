@@ -62,14 +62,14 @@ class Readings:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._waiting: deque[tuple[int, float, StepResult]] = deque()
+        self._waiting: deque[tuple[int, int, float, StepResult]] = deque()
         self._lag = 0 if run.runtime.device.type == "cpu" else 1
         self.last: dict[str, float] = {}
         self.stop = False
         """Whether some rank was asked to stop."""
 
-    def add(self, step: int, factor: float, result: StepResult) -> None:
-        self._waiting.append((step, factor, result))
+    def add(self, step: int, tokens: int, factor: float, result: StepResult) -> None:
+        self._waiting.append((step, tokens, factor, result))
         while len(self._waiting) > self._lag:
             self._read()
 
@@ -80,8 +80,8 @@ class Readings:
 
     def _read(self) -> None:
         run = self._run
-        step, factor, result = self._waiting.popleft()
-        nats, stops = result.totals.tolist()
+        step, tokens, factor, result = self._waiting.popleft()
+        nats, stops, seen = result.totals.tolist()
         loss, norm = nats / result.tokens, float(result.grad_norm)
         self.stop |= stops > 0
         # With fp16 a gradient may overflow: the scaler skips that update and lowers its scale.
@@ -92,7 +92,8 @@ class Readings:
         lr = run.config.optimizer.lr * factor
         self.last = {"loss": loss, "lr": lr, "grad_norm": norm}
         if run.metrics is not None:
-            run.metrics.write(step=step, **self.last, tokens=step * result.tokens)
+            samples = int(seen) if result.seen is None else result.seen
+            run.metrics.write(step=step, **self.last, tokens=tokens, samples=samples)
 
 
 def fit(run: Run) -> TrainState:
@@ -108,9 +109,10 @@ def fit(run: Run) -> TrainState:
             stop = preemption.requested is not None
             result = run.stepper.step(next(batches), state.step, stop)
             factor = learning_rate(run.config.schedule, state.step, run.steps)
-            readings.add(state.step + 1, factor, result)  # raises before a bad update on a CPU
+            tokens = state.tokens + result.tokens
+            readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
             run.stepper.update(factor)
-            state.step += 1
+            state.step, state.tokens = state.step + 1, tokens
             run.meter.add(result.tokens)
             if state.step == first:
                 run.reserve()  # the optimizer has its state from now on
@@ -156,9 +158,9 @@ def _validate(run: Run, readings: Readings) -> float | None:
     readings.drain()
     settings, state = run.config.evaluation, run.state
     with run.pause():
-        result = evaluate(
+        result, parts = evaluate(
             run.model,
-            run.corpus,
+            run.corpora,
             "val",
             run.runtime,
             batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
@@ -170,10 +172,13 @@ def _validate(run: Run, readings: Readings) -> float | None:
     if improved:
         state.best_loss = result.loss
     run.reporter.info(f"step {state.step} validation  {result.line()}{'  best' * improved}")
-    run.track({f"val/{key}": value for key, value in asdict(result).items()})
+    for name, part in parts.items():
+        run.reporter.info(f"  {name}: {part.line()}")
+    every = {"": result} | {f"/{name}": part for name, part in parts.items()}
+    figures = {k + name: v for name, part in every.items() for k, v in asdict(part).items()}
+    run.track({f"val/{key}": value for key, value in figures.items()})
     if run.metrics is not None:
-        figures = {f"val_{key}": value for key, value in asdict(result).items()}
-        run.metrics.write(step=state.step, **figures)
+        run.metrics.write(step=state.step, **{f"val_{key}": v for key, v in figures.items()})
         run.metrics.flush()
     return result.loss if improved else None
 
@@ -187,7 +192,7 @@ def _sample(run: Run) -> None:
     with run.pause():
         texts = sample_texts(
             run.model,
-            run.corpus.tokenizer,
+            run.corpora.tokenizer,
             list(settings.prompts),
             settings.max_length,
             sampling,

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from dtt.errors import EXIT_PREEMPTED
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def exit_on_preemption() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the process with the exit code of preemption.
+
+    For the time in which there is nothing to save; `Preemption` takes over in the loop.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_PREEMPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Preemption:

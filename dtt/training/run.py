@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtt import storage
 from dtt.config.schema import Config
+from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
 from dtt.data.order import mix
-from dtt.data.prepare import Corpus, open_corpus, prepare
 from dtt.data.progress import progress
 from dtt.dist import Runtime
-from dtt.errors import ConfigError
+from dtt.errors import ConfigError, DttError
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
@@ -43,7 +44,7 @@ from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
 from dtt.training.step import Objective, Stepper
 
-DEFAULT_STEPS = 1200
+DEFAULT_STEPS = 900
 _REPLICATED: list[nn.Module] = []
 """Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
 thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
@@ -63,6 +64,7 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
         yield _build(config, runtime, folder, reporter, resume, fresh)
         return
     divide(config.training, runtime.ranks)  # refuse before anything is touched
+    is_new = not folder.exists()
     with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)
         run = None
@@ -70,13 +72,16 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
             refuse_foreign_folder(folder)
             run = _build(config, runtime, folder, reporter, resume, fresh)
             yield run
-        except Exception:
+        except Exception as error:
             reporter.trace(traceback.format_exc())
+            is_new &= isinstance(error, DttError)  # anything else has left its trace there
             raise
         finally:
             if run is not None:
                 run.close()
             reporter.close()
+            if is_new and run is None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build(
@@ -94,10 +99,10 @@ def _build(
         background=config.checkpoint.background,
         warn=reporter.warning,
     )
-    corpus = _share_corpus(config, runtime, reporter)
-    config = _resolve_vocabulary(config, corpus.tokenizer)
-    saved = _share_checkpoint(config, runtime, corpus, checkpoints, resume, fresh, reporter)
-    loader = _loader(config, corpus, runtime)
+    corpora = _share_corpora(config, runtime, reporter)
+    config = _resolve_vocabulary(config, corpora.tokenizer)
+    saved = _share_checkpoint(config, runtime, corpora, checkpoints, resume, fresh, reporter)
+    loader = _loader(config, corpora, runtime)
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
@@ -108,7 +113,7 @@ def _build(
     if runtime.is_main:
         if fresh:
             remove_old_run(folder)
-        write_run_files(config, corpus.tokenizer, folder)
+        write_run_files(config, corpora.tokenizer, folder)
         metrics = MetricsFile(folder / "metrics.jsonl", state.step)
         trim_lines(folder / "samples.jsonl", state.step)
         reporter.total(steps)
@@ -116,7 +121,7 @@ def _build(
         config=config,
         folder=folder,
         runtime=runtime,
-        corpus=corpus,
+        corpora=corpora,
         model=model,
         stepper=stepper,
         loader=loader,
@@ -165,17 +170,21 @@ def _profiler(
     return StepProfiler(folder, reporter.info)
 
 
-def _share_corpus(config: Config, runtime: Runtime, reporter: Reporter) -> Corpus:
-    """Prepare the corpus on the main rank, and open it on the others."""
+def _share_corpora(config: Config, runtime: Runtime, reporter: Reporter) -> Corpora:
+    """Prepare the corpora on the main rank, and open them on the others."""
 
-    def make() -> Corpus:
+    def make() -> Corpora:
         with progress() as advance:
-            return prepare(config.data, config.tokenizer, report=reporter.warning, advance=advance)
+            made = prepare_corpora(
+                config.data, config.tokenizer, report=reporter.warning, advance=advance
+            )
+            made.pack(config.model.context)  # once, not on every rank
+            return made
 
     if runtime.ranks == 1:
         return make()
-    folder = runtime.on_main(lambda: str(make().folder))
-    return open_corpus(Path(folder))
+    folders = runtime.on_main(lambda: [p.corpus.folder.name for p in make().portions])
+    return open_corpora(config.data, folders)
 
 
 def _resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -192,7 +201,7 @@ def _resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 def _share_checkpoint(
     config: Config,
     runtime: Runtime,
-    corpus: Corpus,
+    corpora: Corpora,
     checkpoints: Checkpoints,
     resume: str | None,
     fresh: bool,
@@ -211,7 +220,7 @@ def _share_checkpoint(
             reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
         if saved is None:
             return None
-        refuse_other_run(config, saved, saved_config(saved), corpus, reporter.info)
+        refuse_other_run(config, saved, saved_config(saved), corpora, reporter.info)
         steps = config.training.max_steps or DEFAULT_STEPS
         if resume is not None and not own and steps <= saved.step and not config.training.epochs:
             raise ConfigError(
@@ -226,9 +235,8 @@ def _share_checkpoint(
     return chosen[0] if chosen else read(Path(path))
 
 
-def _loader(config: Config, corpus: Corpus, runtime: Runtime) -> Loader:
-    return Loader(
-        corpus.stream("train"),
+def _loader(config: Config, corpora: Corpora, runtime: Runtime) -> Loader:
+    return corpora.loader(
         config.model.context,
         config.training.batch_size,
         config.seed,
@@ -239,10 +247,19 @@ def _loader(config: Config, corpus: Corpus, runtime: Runtime) -> Loader:
 
 
 def _steps(config: Config, loader: Loader) -> int:
+    most = None if loader.shares.total is None else loader.shares.total // loader.batch_size
     limits = [config.training.max_steps] if config.training.max_steps else []
     if config.training.epochs is not None:
-        limits.append(max(1, round(config.training.epochs * loader.steps_per_epoch)))
-    return min(limits, default=DEFAULT_STEPS)
+        epochs = max(1, round(config.training.epochs * loader.steps_per_epoch))
+        limits.append(epochs if most is None else max(1, min(epochs, most)))
+    steps = min(limits, default=DEFAULT_STEPS)
+    if most is not None and steps > most:
+        raise ConfigError(
+            f"{steps} steps of {loader.batch_size} sequences are {steps * loader.batch_size}, and "
+            f"the mixture's max_epochs allow {loader.shares.total}",
+            f"train for at most {most} steps, or raise max_epochs",
+        )
+    return steps
 
 
 def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
@@ -287,4 +304,4 @@ def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainStat
     stepper.optimizer.load_named_state(saved.tensors("optimizer"))
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
-    return TrainState(saved.state["step"], saved.state["best_loss"])
+    return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])

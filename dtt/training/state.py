@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dtt.config.load import to_yaml
 from dtt.config.schema import Config
+from dtt.data.corpora import Corpora
 from dtt.data.loader import Loader
-from dtt.data.prepare import Corpus
+from dtt.data.packing import PackedWindows
 from dtt.dist import Runtime
 from dtt.errors import StorageError
 from dtt.metrics.loggers import MetricsFile, Reporter
@@ -35,6 +36,8 @@ class TrainState:
     """Optimizer steps done."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
+    tokens: int = 0
+    """Targets that these steps had."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Run:
     config: Config
     folder: Path
     runtime: Runtime
-    corpus: Corpus
+    corpora: Corpora
     model: Decoder
     stepper: Stepper
     loader: Loader
@@ -70,13 +73,14 @@ class Run:
         state = {
             "step": self.state.step,
             "best_loss": self.state.best_loss,
-            "tokenizer": fingerprint(self.corpus.tokenizer),
-            "corpus": self.corpus.folder.name,
+            "tokens": self.state.tokens,
+            "tokenizer": fingerprint(self.corpora.tokenizer),
+            "corpus": self.corpora.name,
             "scaler": self.stepper.scaler.state_dict(),
         }
         files = {
             "config.yaml": to_yaml(self.config).encode(),
-            "tokenizer.json": self.corpus.tokenizer.to_json().encode(),
+            "tokenizer.json": self.corpora.tokenizer.to_json().encode(),
         }
         self.checkpoints.save(self.state.step, self._tensors(), state, files, best_loss=best_loss)
 
@@ -115,13 +119,14 @@ class Run:
 
 def announce(run: Run, precision: str) -> None:
     """Say what is about to run."""
-    config, manifest, division = run.config, run.corpus.manifest, run.stepper.division
+    config, corpora, division = run.config, run.corpora, run.stepper.division
     m, t = config.model, config.training
-    tokens = {split: short_count(manifest.total(split, "tokens")) for split in ("train", "val")}
+    tokens = {split: short_count(corpora.total(split, "tokens")) for split in ("train", "val")}
     rows = {
         "run": f"{run.folder}  (seed {config.seed})",
-        "data": f"{run.corpus.folder}: {tokens['train']} training tokens, "
-        f"{tokens['val']} validation tokens, vocabulary {manifest.vocab_size}",
+        "data": f"{corpora.folders}: {tokens['train']} training tokens, "
+        f"{tokens['val']} validation tokens, vocabulary {corpora.vocab_size}",
+        "windows": ", ".join(_windows(run)),
         "model": f"{short_count(count_parameters(run.model))} parameters: {m.layers} layers x "
         f"{m.dim}, {m.heads} heads, context {m.context}",
         "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
@@ -133,3 +138,13 @@ def announce(run: Run, precision: str) -> None:
     }
     for key, value in rows.items():
         run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))
+
+
+def _windows(run: Run) -> Iterator[str]:
+    """Say for each corpus how windows are cut, and its share in a mixture."""
+    for portion, windows in zip(run.corpora.portions, run.loader.sources, strict=True):
+        share = f"{portion.name} {portion.share:.1%} " if portion.name else ""
+        how = "contiguous"
+        if isinstance(windows, PackedWindows):
+            how = f"whole documents where they fit, {windows.padding:.1%} padding"
+        yield share + how + (", documents apart" if windows.isolate is not None else "")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtt.data.loader import IGNORED, Batch
+from dtt.data.loader import Batch
 from dtt.data.order import mix
+from dtt.data.windows import IGNORED
 from dtt.dist import Runtime
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
@@ -26,8 +27,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.hidden(tokens).flatten(0, 1)
+    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        hidden = self.model.hidden(tokens, positions).flatten(0, 1)
         return sum_cross_entropy(hidden, self.model.head_weight, targets.flatten(), IGNORED)
 
 
@@ -36,11 +37,13 @@ class StepResult:
     """On the device, summed over ranks: nothing here makes the host wait."""
 
     totals: Tensor
-    """[loss in nats, ranks that want to stop], fp64 where the device has it."""
+    """[loss in nats, ranks that want to stop, what was seen], fp64 where the device has it."""
     grad_norm: Tensor
     """Before clipping, 0-dim."""
     tokens: int
     """Target tokens of the step over all ranks."""
+    seen: int | None = None
+    """The step's number in the ledger, where one rank knows it without the sum."""
 
 
 @dataclass
@@ -69,9 +72,11 @@ class Stepper:
         device, micro = self.runtime.device, self.division.micro_batch_size
         tokens = batch.tokens.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
-        count = targets.numel() * self.runtime.ranks
+        positions = batch.positions
+        if positions is not None:
+            positions = positions.to(device, non_blocking=True)
         # Backward averages over ranks (DDP), so each rank's share is scaled up by their number.
-        scale = self.runtime.ranks / count
+        scale = self.runtime.ranks / batch.count
         loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32)
         loss = loss.to(device)
         for index in range(self.division.accumulation):
@@ -80,13 +85,17 @@ class Stepper:
             place = self.runtime.rank * self.division.accumulation + index
             self._seed_dropout(mix(self.seed, 3, step, place) >> 1)
             with self._sync_only_last(index):
-                part = self.objective(tokens[rows], targets[rows])
+                places = None if positions is None else positions[rows]
+                part = self.objective(tokens[rows], targets[rows], places)
                 self.scaler.scale(part * scale).backward()
             loss += part.detach()
         self.scaler.unscale_(self._torch_optimizer)
         norm = clip_gradients(self.parameters, self.grad_clip)
-        totals = self.runtime.sum(torch.stack([loss, torch.full_like(loss, float(stop))]))
-        return StepResult(totals, norm, count)
+        others = torch.tensor([stop, batch.seen], dtype=loss.dtype).to(device, non_blocking=True)
+        totals = self.runtime.sum(torch.cat([loss.view(1), others]))
+        return StepResult(
+            totals, norm, batch.count, batch.seen if self.runtime.ranks == 1 else None
+        )
 
     def _seed_dropout(self, seed: int) -> None:
         if self.runtime.device.type == "cpu":

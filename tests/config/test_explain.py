@@ -60,6 +60,36 @@ BAD = [
         "schedule:\n  warmup_steps: 9\ntraining: {max_steps: 3}",
         ":2: schedule.warmup_steps (9) is longer than the run (training.max_steps 3)",
     ),
+    (
+        "data:\n  packing: auto\n  cleaning: [{min_words: 5}]",
+        ":3: data.cleaning.0.name: is required: one of unicode, length, gopher, gopher-repetition, "
+        "c4, fineweb, regex-drop, regex-replace, pii, exact-dedup, near-dedup, decontaminate, user",
+    ),
+    (
+        "data: {cleaning: [{name: user, function: nocolon}]}",
+        ":1: data.cleaning.0.function: should be module:function, got 'nocolon'",
+    ),
+    (
+        "data: {mixture: [{name: a/b, source: {name: tales}}]}",
+        ":1: data.mixture.0.name: should be letters, digits, '.', '_' and '-', got 'a/b'",
+    ),
+    (
+        "data: {source: {name: hub, dataset: a/b/c}}",
+        ":1: data.source.dataset: should be a data set's name on the Hub, as in owner/name, "
+        "got 'a/b/c'",
+    ),
+    (
+        "name: ../a",
+        ":1: name: should be a folder's name: no slashes, no dot or space first, got '../a'",
+    ),
+    (
+        "data: {source: {name: url, urls: []}}",
+        ":1: data.source.urls: needs at least one value",
+    ),
+    (
+        "data: {cleaning: [{name: near-dedup, bands: 100000}]}",
+        ":1: data.cleaning.0.bands: should be less than or equal to 1000, got 100000",
+    ),
     ("model: {preset: gtp2}", ":1: unknown preset 'gtp2', did you mean gpt2?"),
     ("extends: gone.yaml", ":1: extends: gone.yaml: no such file or preset"),
     ("extends: f0.yaml", ":1: extends: files extend each other in a circle: f0.yaml -> f0.yaml"),

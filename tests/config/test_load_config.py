@@ -241,6 +241,9 @@ def random_value(source: random.Random, leaf_type: str) -> Any:
         return source.choice(leaf_type.split("|"))
     if leaf_type.startswith("list of text"):
         return [random_text(source) for _ in range(source.randrange(1, 4))]
+    if leaf_type == "list of sections":  # data.cleaning; no other list has such items
+        text = random_text(source).replace("\\", "/")
+        return ["unicode", {"name": "regex-replace", "pattern": "x+", "replacement": text}]
     numbers = {
         "integer": lambda: source.randrange(1, 5000),
         "number": lambda: source.choice([source.random() * 0.99, 1e-8, 3e-4, 0.5]),
@@ -321,4 +324,25 @@ def test_the_files_in_configs_load(file: Path) -> None:
         config = load_config(dataset=str(file))
         assert config.data != Config().data
     else:
-        assert load_config([str(file)]).name == "evening"
+        names = {"config": "evening", "corpus": "corpus", "corpus-train": "stories-and-code"}
+        assert load_config([str(file)]).name == names[file.stem]
+
+
+def test_a_source_replaces_a_mixture_and_the_other_way_round(tmp_path: Path) -> None:
+    mixed, plain, both = (tmp_path / name for name in ("mixed.yaml", "plain.yaml", "both.yaml"))
+    mixed.write_text("data:\n  mixture: [{name: a, source: {name: stdlib}}]\n")
+    plain.write_text("data: {source: {name: tales, stories: 7}}\n")
+    both.write_text(
+        "data:\n  source: {name: tales}\n  mixture: [{name: a, source: {name: tales}}]\n"
+    )
+    given = {"data.source.name": ("-d", "stdlib")}
+    assert load_config([str(mixed)], given).data.mixture == ()
+    assert load_config([str(mixed)], given).data.source.name == "stdlib"
+    assert load_config([str(mixed), str(plain)]).data.mixture == ()
+    last = load_config([str(plain), str(mixed)]).data
+    assert len(last.mixture) == 1 and last.source == Config().data.source
+    with pytest.raises(ConfigError, match=r"both\.yaml:3: data\.mixture and data\.source are both"):
+        load_config([str(both)])
+    written = tmp_path / "written.yaml"
+    written.write_text(to_yaml(load_config([str(mixed)])))
+    assert load_config([str(written)]).data == load_config([str(mixed)]).data

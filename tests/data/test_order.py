@@ -1,9 +1,11 @@
 """The order of samples: a bijection, a new one each epoch, computable at any place."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from dtt.data.order import WindowOrder, mix, permute
+from dtt.data.order import Order, mix, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
@@ -31,25 +33,22 @@ def test_mix_depends_on_every_value_and_place():
     assert len({mix(1, 2), mix(2, 1), mix(1, 3), mix(1), mix(1, 2, 0)}) == 5
 
 
-@pytest.mark.parametrize("length", [11, 20, 21, 101, 999])
-def test_every_window_once_per_epoch(length):
-    order = WindowOrder(length, context=10, seed=4)
+@pytest.mark.parametrize("size", [1, 2, 20, 101, 9999])
+def test_every_item_once_per_epoch_in_another_order(size):
+    order = Order(size, seed=4)
+    seen = []
     for epoch in range(3):
-        starts = order.starts(epoch * order.windows, order.windows)
-        assert len(set(starts.tolist())) == order.windows
-        assert (np.diff(np.sort(starts)) == 10).all()
-        assert starts.min() >= 0 and starts.max() + 11 <= length
+        epochs, items = order.places(epoch * size, size)
+        assert (epochs == epoch).all()
+        assert sorted(items.tolist()) == list(range(size))
+        seen.append(items.tolist())
+    assert size < 20 or (seen[0] != seen[1] and seen[1] != seen[2])
 
 
-def test_epochs_differ_in_order_and_division():
-    order = WindowOrder(2000, context=10, seed=4)
-    first, second = (order.starts(e * order.windows, order.windows) for e in (0, 1))
-    assert (first != second).any()
-    assert first.min() % 10 == 0 and (first % 10 != second % 10).all()
-
-
-def test_starts_do_not_depend_on_how_they_are_asked_for():
-    order = WindowOrder(501, context=10, seed=4)
-    whole = order.starts(0, 200)
-    pieces = [order.starts(a, b - a) for a, b in ((0, 3), (3, 60), (60, 200))]
-    assert (np.concatenate(pieces) == whole).all()
+def test_places_do_not_depend_on_how_they_are_asked_for():
+    order = Order(3000, seed=4)
+    whole = order.places(0, 9000)
+    for cuts in ((0, 3, 60, 9000), (0, 4096, 4097, 8192, 9000)):
+        for kind in range(2):
+            pieces = [order.places(a, b - a)[kind] for a, b in itertools.pairwise(cuts)]
+            assert (np.concatenate(pieces) == whole[kind]).all()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from dtt import storage
-from dtt.config.data import Bpe, Byte, Char, Data, Stdlib, Tales, Text, TokenizerFile
-from dtt.data.encoding import PartEncoder
-from dtt.data.prepare import open_corpus, prepare
+from dtt.config.data import Bpe, Byte, Char, Data, TokenizerFile
+from dtt.config.sources import Stdlib, Tales, Text
+from dtt.data.documents import part_bytes
+from dtt.data.preparation.encoding import PartEncoder
+from dtt.data.preparation.prepare import open_corpus, prepare
 from dtt.data.shards import read_manifest
 from dtt.data.tales import tales
 from dtt.errors import DataError
@@ -56,7 +58,7 @@ def test_tail_split_never_cuts_a_character(tmp_path):
 
 
 def test_large_files_are_cut_into_parts_without_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("dtt.data.sources.PART_BYTES", 100)
+    monkeypatch.setattr("dtt.data.documents.PART_BYTES", 100)
     text = "".join(f"line {i} says {'x' * (i % 37)}\n" for i in range(300))
     for tokenizer in (Char(), Byte(), Bpe(vocab_size=300)):
         corpus = corpus_of(tmp_path, source=write(tmp_path, text), tokenizer=tokenizer)
@@ -67,7 +69,7 @@ def test_large_files_are_cut_into_parts_without_loss(tmp_path, monkeypatch):
 
 
 def test_separator_makes_documents_and_split_is_by_document(tmp_path, monkeypatch):
-    monkeypatch.setattr("dtt.data.sources.PART_BYTES", 150)
+    monkeypatch.setattr("dtt.data.documents.PART_BYTES", 150)
     documents = [f"story {i % 150}: " + "word " * (i % 9) for i in range(300)]
     source = write(tmp_path, "\n\n".join(documents)).model_copy(update={"separator": "\n\n"})
     corpus = corpus_of(tmp_path, source=source, val_fraction=0.2)
@@ -102,11 +104,11 @@ def test_interrupted_preparation_continues(tmp_path, monkeypatch):
         if done:
             raise KeyboardInterrupt
         done.append(part.index)
-        original(self, part)
+        return original(self, part)
 
     def note(self, part):
         done.append(part.index)
-        original(self, part)
+        return original(self, part)
 
     original = PartEncoder.__call__
     monkeypatch.setattr(PartEncoder, "__call__", stop_after_one)
@@ -197,7 +199,7 @@ def test_invalid_bytes(tmp_path):
     skip = source.model_copy(update={"on_bad": "skip", "separator": "\n"})
     corpus = corpus_of(tmp_path, source=skip, report=said.append, val_fraction=0.3)
     assert "bad" not in corpus.tokenizer.decode(tokens(corpus, "train"))
-    assert said[-1:] == ["1 documents could not be decoded and were left out"]
+    assert said[-1:] == ["undecodable documents, left out: 1"]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_empty_split_is_an_error(tmp_path):
 
 
 def test_documents_of_large_files_stay_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("dtt.data.sources.PART_BYTES", 100)
+    monkeypatch.setattr("dtt.data.documents.PART_BYTES", 100)
     texts = {f"{i:02}.txt": "".join(f"{i} line {j}\n" for j in range(60)) for i in range(25)}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -299,7 +301,7 @@ def test_broken_manifests_are_refused(tmp_path):
     for text, message in (
         ("{", "not a manifest"),
         ("[]", "not a manifest"),
-        (json.dumps(good | {"format": 99}), "data format 99, this dtt reads 1"),
+        (json.dumps(good | {"format": 99}), "data format 99, this dtt reads 2"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
@@ -317,3 +319,21 @@ def test_document_ends(tmp_path):
     all_tokens = np.fromfile(path, "<u2")
     assert (np.flatnonzero(all_tokens == 256) + 1 == ends).all()
     assert storage.sha256(path) == shard.sha256
+
+
+def test_parts_of_another_size_are_not_mixed(tmp_path, monkeypatch):
+    book = tmp_path / "book.txt"
+    book.write_text("one line of text\n" * 400, encoding="utf-8")
+    folders = set()
+    for size in (1000, 5000):
+        monkeypatch.setattr("dtt.data.documents.PART_BYTES", size)
+        made = corpus_of(tmp_path, source=Text(path=(str(book),)), tokenizer=Byte())
+        folders.add(made.folder.name)
+        assert made.manifest.total("train", "bytes") + made.manifest.total("val", "bytes") == 6800
+    assert len(folders) == 2
+
+
+def test_a_large_corpus_has_larger_parts():
+    assert part_bytes(10**6) == part_bytes(8 * 10**9) == 2 << 20
+    assert part_bytes(40 * 10**9) == 10**7
+    assert part_bytes(10**13) == 64 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from dtt.data.loader import IGNORED
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, DIM, LAYERS, CONTEXT = 61, 32, 2, 48

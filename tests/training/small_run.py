@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtt.config.load import load_config
 from dtt.config.schema import Config
 from dtt.data.loader import Batch
+from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
 from dtt.model.decoder import Decoder
@@ -160,7 +161,7 @@ def step_on_rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     runtime = connect(Place(rank, ranks, rank, ranks, "test"), "cpu", 1)
     stepper = build_stepper(small_config(settings), runtime)
-    result = stepper.step(synthetic_batch(0, rank, ranks), 0, stop=rank == 1)
+    result = stepper.step(documents_batch(rank, ranks), 0, stop=rank == 1)
     if runtime.is_main:
         save_file(named_results(stepper, result), folder / "gradients.safetensors")
     runtime.close()
@@ -190,7 +191,26 @@ def synthetic_batch(step: int, rank: int = 0, ranks: int = 1) -> Batch:
     """A rank's share of 8 random sequences."""
     rows = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(step))
     mine = rows.chunk(ranks)[rank]
-    return Batch(mine[:, :-1], mine[:, 1:], tuple(range(len(mine))))
+    starts = tuple(range(len(mine)))
+    return Batch(mine[:, :-1], mine[:, 1:], None, mine[:, 1:].numel() * ranks, starts)
+
+
+DOCUMENTS = ((0, 12), (12, 20), (20, 32))
+"""Where documents lie in a row of `documents_batch`; every third row lacks the last of them."""
+
+
+def documents_batch(rank: int = 0, ranks: int = 1) -> Batch:
+    """A rank's share of 8 rows of documents that do not see each other, with padding."""
+    rows = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(9))
+    tokens, targets = rows[:, :-1].clone(), rows[:, 1:].clone()
+    positions = torch.cat([torch.arange(b - a) for a, b in DOCUMENTS]).repeat(8, 1)
+    for rows_ in (tokens, positions):
+        rows_[::3, 20:] = 0
+    targets[::3, 20:] = IGNORED
+    share = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    count = int((targets != IGNORED).sum())
+    starts = tuple(range(8 // ranks))
+    return Batch(tokens[share], targets[share], positions[share], count, starts, seen=1000 + rank)
 
 
 def named_results(stepper: Stepper, result: StepResult) -> dict[str, Tensor]:

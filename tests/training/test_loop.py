@@ -58,7 +58,8 @@ def test_checkpoints_by_epochs(epochs: str, length: float, expected: list[int]) 
 
 
 def result(loss: float, norm: float = 1.0, stops: int = 0) -> StepResult:
-    return StepResult(torch.tensor([loss * 4, stops]), torch.tensor(norm), 4)
+    totals = torch.tensor([loss * 4, stops, 77.0], dtype=torch.float64)
+    return StepResult(totals, torch.tensor(norm), 4)
 
 
 def readings(device: str = "cpu", scaling: bool = False) -> tuple[Readings, list[dict[str, Any]]]:
@@ -74,16 +75,16 @@ def readings(device: str = "cpu", scaling: bool = False) -> tuple[Readings, list
 
 def test_a_cpu_reads_each_step_at_once() -> None:
     read, rows = readings()
-    read.add(3, 0.5, result(2.0))
-    expected = {"step": 3, "loss": 2.0, "lr": 0.25, "grad_norm": 1.0, "tokens": 12}
+    read.add(3, 12, 0.5, result(2.0))
+    expected = {"step": 3, "loss": 2.0, "lr": 0.25, "grad_norm": 1.0, "tokens": 12, "samples": 77}
     assert rows == [expected] and not read.stop
 
 
 def test_an_accelerator_is_read_one_step_late() -> None:
     read, rows = readings("cuda")
-    read.add(1, 1.0, result(2.0, stops=1))
+    read.add(1, 4, 1.0, result(2.0, stops=1))
     assert rows == [] and not read.stop
-    read.add(2, 1.0, result(1.5))
+    read.add(2, 8, 1.0, result(1.5))
     assert [row["step"] for row in rows] == [1] and read.stop
     read.drain()
     assert [row["step"] for row in rows] == [1, 2] and read.last["loss"] == 1.5
@@ -95,16 +96,16 @@ def test_an_accelerator_is_read_one_step_late() -> None:
 def test_figures_that_are_not_finite_are_errors(loss: float, norm: float) -> None:
     read, rows = readings()
     with pytest.raises(NumericError, match=f"step 7: the loss is {loss} and the gradient norm"):
-        read.add(7, 1.0, result(loss, norm))
+        read.add(7, 28, 1.0, result(loss, norm))
     assert rows == []
 
 
 def test_with_loss_scaling_a_gradient_may_overflow() -> None:
     read, rows = readings(scaling=True)
-    read.add(1, 1.0, result(1.0, float("inf")))
+    read.add(1, 4, 1.0, result(1.0, float("inf")))
     assert len(rows) == 1
     with pytest.raises(NumericError):
-        read.add(2, 1.0, result(float("nan")))
+        read.add(2, 8, 1.0, result(float("nan")))
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -21,13 +21,13 @@ from small_run import (
     assert_same_run,
     build_stepper,
     command,
+    documents_batch,
     flags,
     losses,
     named_results,
     small_config,
     start,
     step_on_rank,
-    synthetic_batch,
     wait,
 )
 from torch import Tensor
@@ -43,7 +43,7 @@ def gradients(folder: Path, ranks: int, settings: dict[str, str]) -> dict[str, T
     if ranks == 1:
         runtime = Runtime(Place(), torch.device("cpu"))
         stepper = build_stepper(small_config(settings), runtime)
-        return named_results(stepper, stepper.step(synthetic_batch(0), 0, stop=False))
+        return named_results(stepper, stepper.step(documents_batch(), 0, stop=False))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -114,6 +114,37 @@ def test_killed_in_bf16_with_adamw_and_accumulation(folder: Path) -> None:
     assert_same_run(RUN, Path("runs/whole"))
 
 
+MIXTURE = """data:
+  packing: best-fit
+  documents: isolate
+  mixture:
+    - {name: tales, weight: 2, source: {name: tales, stories: 40}}
+    - {name: words, weight: 1, max_epochs: 0.3, source: {name: text, path: text.txt}}
+"""
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_killed_with_a_mixture_of_packed_documents(folder: Path, ranks: str) -> None:
+    (folder / "mixture.yaml").write_text(MIXTURE, encoding="utf-8")
+    gone = {"data.source.name": None, "data.source.path": None}
+    words = ["train", "-c", "mixture.yaml", *flags(gone | {"parallel.world_size": ranks})]
+    assert command(folder, [*words, "--name", "whole"]).code == 0
+    for stop in (5, 9):
+        assert command(folder, words, die=(0, stop), slow=0.03).code in (-signal.SIGKILL, 7)
+    assert command(folder, words).code == 0
+    assert_same_run(RUN, Path("runs/whole"))
+    rows = [(RUN / "metrics.jsonl").read_text(), Path("runs/whole/metrics.jsonl").read_text()]
+    seen = [[json.loads(line).get("samples") for line in text.splitlines()] for text in rows]
+    assert seen[0] == seen[1]
+    # The same text at another place is the same run.
+    (folder / "moved").mkdir()
+    (folder / "text.txt").rename(folder / "moved" / "text.txt")
+    text = MIXTURE.replace("text.txt", "moved/text.txt")
+    (folder / "mixture.yaml").write_text(text, encoding="utf-8")
+    done = command(folder, words)
+    assert done.code == 0 and "already complete" in done.out
+
+
 def test_stopping_at_the_edge_of_an_epoch(folder: Path) -> None:
     """20 windows in batches of 8: epochs end within steps 3, 5 (at its end), 8, ..."""
     write_text(folder / "text.txt", characters=680)
@@ -151,6 +182,19 @@ def test_a_signal_saves_and_says_how_to_go_on(
     done = train(folder, changes)
     assert done.code == 0 and f"continuing runs/small from step {stopped}" in done.out
     assert_same_run(RUN, uninterrupted(ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_before_the_first_step_is_a_preemption_too(folder: Path, ranks: int) -> None:
+    changes: dict[str, str | None] = {"parallel.world_size": str(ranks)}
+    process = start(folder, ["train", *flags(changes)], slow=30)  # seconds before the first step
+    deadline = time.monotonic() + 60
+    while not (RUN / "lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    done = wait(process, folder)
+    assert (done.code, done.err) == (75, "")
+    assert losses(RUN) == {} if (RUN / "metrics.jsonl").exists() else True
 
 
 def test_a_signal_to_one_rank_stops_all(folder: Path, uninterrupted: Uninterrupted) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import build_stepper, named_results, small_config, synthetic_batch
+from small_run import (
+    DOCUMENTS,
+    build_stepper,
+    documents_batch,
+    named_results,
+    small_config,
+    synthetic_batch,
+)
 from torch import Tensor
 
 from dtt.dist import Place, Runtime
@@ -18,7 +27,7 @@ ALONE = Runtime(Place(), torch.device("cpu"))
 def gradients(**changes: str) -> dict[str, Tensor]:
     settings = {key.replace("__", "."): value for key, value in changes.items()}
     stepper = build_stepper(small_config({"model.dropout": "0"} | settings), ALONE)
-    return named_results(stepper, stepper.step(synthetic_batch(0), 0, stop=False))
+    return named_results(stepper, stepper.step(documents_batch(), 0, stop=False))
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -45,6 +54,26 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
     assert_close(found, expected, 1e-6)
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-6, atol=0)
+
+
+def test_documents_apart_and_padding_are_the_mean_loss_of_each_alone() -> None:
+    """Against autograd on every document in a forward of its own."""
+    stepper = build_stepper(small_config({"model.dropout": "0"}), ALONE)
+    batch, model = documents_batch(), stepper.objective.model
+    losses = [
+        F.cross_entropy(model(tokens[None, a:b])[0], targets[a:b], reduction="sum")
+        for row, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True))
+        for a, b in DOCUMENTS
+        if row % 3 or b <= 20
+    ]
+    assert batch.count == 8 * 32 - 3 * 12
+    loss = torch.stack(losses).sum() / batch.count
+    parameters = dict(stepper.objective.named_parameters())
+    expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+    result = stepper.step(batch, 0, stop=False)
+    assert (result.tokens, result.seen) == (batch.count, 1000)
+    torch.testing.assert_close(result.totals[0] / result.tokens, loss.double(), rtol=1e-6, atol=0)
+    assert_close({n: p.grad for n, p in parameters.items()}, expected, 2e-6)
 
 
 @pytest.mark.parametrize("micro", ["4", "2", "1"])
@@ -83,7 +112,7 @@ def test_dropout_is_a_function_of_seed_step_and_place() -> None:
     twin.objective.register_forward_hook(lambda *call: parts.append(call[-1].item()))
     batch = synthetic_batch(0)
     rows = [0, 1, 2, 3, 0, 1, 2, 3]
-    batch = type(batch)(batch.tokens[rows], batch.targets[rows], tuple(rows))
+    batch = replace(batch, tokens=batch.tokens[rows], targets=batch.targets[rows])
     twin.step(batch, 0, stop=False)
     assert parts[0] != parts[1]
 
