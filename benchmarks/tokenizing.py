@@ -24,7 +24,7 @@ from dtt.config.data import Data, TokenizerFile
 from dtt.config.sources import Stdlib, Text
 from dtt.data.preparation.prepare import prepare
 from dtt.data.sources import open_source
-from dtt.tokenizer import GPT2_PATTERN, train_bpe
+from dtt.tokenizer import train_bpe
 
 VOCABULARIES = {"16k": 16384, "50k": 50257}
 CLEANING = ("unicode", {"name": "length", "min_characters": 20}, "pii")
@@ -62,6 +62,7 @@ def train_directly(texts: list[str], vocabulary: int) -> str:
 def tiktoken_encoding(text: str) -> Any:
     """Return tiktoken's encoding with the merges of a byte-level tokenizer.json."""
     import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
     from tokenizers import pre_tokenizers
 
     # Each byte's printable stand-in, from `tokenizers` itself: bytes 128-255 occur in UTF-8 only
@@ -77,7 +78,7 @@ def tiktoken_encoding(text: str) -> Any:
         if token not in SPECIAL
     }
     return tiktoken.Encoding(
-        "alone", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "alone", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
     )
 
 

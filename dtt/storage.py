@@ -167,8 +167,10 @@ def remove(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal; memory use does not depend on its size."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    digest = hashlib.sha256()
     with storage_errors(path, "read"), path.open("rb", buffering=0) as file:
+        # Not a whole block for each of a thousand small files.
+        buffer = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, BLOCK) or 1))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

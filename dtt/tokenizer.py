@@ -24,8 +24,9 @@ Ids = NDArray[np.uint32]
 END_OF_TEXT = "<|endoftext|>"
 # Names under which published tokenizers have the token that ends a document.
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<s>")
-# GPT-2's pre-tokenizer, with possessive quantifiers where they cannot change a match (tiktoken).
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-2's pre-tokenizer. What needs no look-ahead stands in one group, which tiktoken's regular
+# expressions then match without backtracking: the same matches, 1.4 times as fast.
+GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 # A white-space character between two others. GPT-2's pre-tokenizer always cuts before one.
 BETWEEN_WORDS = re.compile(r"(?<=\S)\s(?=\S)")
 SLICE = 1 << 18
@@ -100,7 +101,7 @@ class BpeTokenizer:
     """A Hugging Face `tokenizers` tokenizer.
 
     Byte-level BPE with GPT-2's pre-tokenizer is encoded by `tiktoken`, which gives the same tokens
-    four times as fast (docs/benchmarks.md); every other kind by `tokenizers` itself, long texts
+    many times as fast (docs/benchmarks.md); every other kind by `tokenizers` itself, long texts
     in slices of SLICE characters cut between words.
     """
 
@@ -122,10 +123,17 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> Ids:
         if self._fast is not None:
-            ids: Ids = self._fast.encode_to_numpy(text, disallowed_special=())
-            return ids
+            try:
+                return self._encode_fast(text)
+            except ValueError:  # a million blanks in a row: more than its stack holds
+                return np.concatenate([self._encode_fast(part) for part in slices_of(text)])
         slices = (self._inner.encode(part, add_special_tokens=False) for part in slices_of(text))
         return np.concatenate([np.asarray(part.ids, dtype=np.uint32) for part in slices])
+
+    def _encode_fast(self, text: str) -> Ids:
+        assert self._fast is not None
+        ids: Ids = self._fast.encode_to_numpy(text, disallowed_special=())
+        return ids
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         kept = [int(i) for i in ids if i < self.vocab_size]

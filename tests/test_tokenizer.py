@@ -1,8 +1,11 @@
 """Tokenizers: lossless, deterministic, safe against text that looks like a special token."""
 
 import json
+import random
 
 import pytest
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from dtt.errors import DataError
 from dtt.tokenizer import (
@@ -65,6 +68,27 @@ def test_fast_path_gives_the_tokens_of_tokenizers(bpe, text):
     assert bpe._fast is not None
     slow = bpe._inner.encode(text, add_special_tokens=False).ids
     assert bpe.encode(text).tolist() == slow
+
+
+def test_words_are_cut_as_the_published_pattern_of_gpt2_cuts_them(bpe):
+    published = tiktoken.Encoding(
+        "published",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=bpe._fast._mergeable_ranks,
+        special_tokens={},
+    )
+    draw = random.Random(1)
+    letters = [*" \n\t\r'\u00a0\u2003\u3000\x0b", *"sdmtlvreLL", *"09½", *"é字🦊-._!\u0301"]
+    for _ in range(3000):
+        text = "".join(draw.choices(letters, k=draw.randrange(40)))
+        assert bpe.encode(text).tolist() == published.encode(text)
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 1_500_000, " " * 1_500_000 + "a", "ab\n" + "\t \n" * 500_000 + "b"]
+)
+def test_a_million_blanks_are_no_reason_to_fail(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
 
 
 def test_kinds_that_tiktoken_cannot_express_are_left_to_tokenizers(bpe):
