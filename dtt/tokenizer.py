@@ -273,11 +273,14 @@ def _tiktoken_encoding(data: dict[str, Any]) -> Any | None:
     byte_level = split.get("type") == "ByteLevel" and split.get("use_regex", True)
     if not plain or not byte_level or split.get("add_prefix_space") or data.get("normalizer"):
         return None
-    to_byte, special = bytes_of_characters(), {t["content"] for t in data["added_tokens"]}
+    special = {token["content"] for token in data["added_tokens"]}
     names = {name: i for name, i in model["vocab"].items() if name not in special}
-    if not all(char in to_byte for name in names for char in name):
+    # A character that stands for no byte becomes one that Latin-1 does not have.
+    to_byte = dict.fromkeys(range(256), 256) | {ord(c): b for c, b in bytes_of_characters().items()}
+    try:
+        ranks = {name.translate(to_byte).encode("latin-1"): i for name, i in names.items()}
+    except UnicodeEncodeError:
         return None
-    ranks = {bytes(to_byte[char] for char in name): i for name, i in names.items()}
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     merged = [names.get(left + right, -1) for left, right in pairs]
     # tiktoken ranks a merge by the id of its result: ids must rise in the order of the merges.
