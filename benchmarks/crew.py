@@ -137,7 +137,7 @@ def mpirun() -> str | None:
 
 
 def print_sharing(folder: Path, quick: bool, rounds: int) -> None:
-    from table import median, print_table, ratio, take_turns
+    from table import median, print_table, ratio, summarize, take_turns
 
     text, size = folder / "shared.txt", 12_000_000 if quick else SHARED
     write_text(text, size)
@@ -161,10 +161,13 @@ def print_sharing(folder: Path, quick: bool, rounds: int) -> None:
     one = {second: median(found[first]) for first, second in pairs}
     rows = [[n, max(v), median(v), ratio(median(v), one.get(n))] for n, v in found.items()]
     print_table(["sharing", "MB/s, best", "median", "to one"], rows)
+    for name, alone in one.items():
+        wanted = "reported" if name.startswith("dask") else "1.8x"
+        summarize(f"{name}, to one, same bytes", ratio(median(found[name]), alone), wanted)
 
 
 def print_training(folder: Path, quick: bool, rounds: int) -> None:
-    from table import in_process, median, note, print_table, ratio
+    from table import in_process, median, note, print_table, ratio, summarize
 
     text, size = folder / "trained.txt", 3_000_000 if quick else TRAINED
     note("writing the text")
@@ -189,6 +192,9 @@ def print_training(folder: Path, quick: bool, rounds: int) -> None:
         peak = max(f["megabytes"] for f in all_figures)
         rows.append([name, seconds, ratio(seconds, first), peak])
     print_table([f"BPE on {size / 1e6:,.0f} MB", "seconds", "to tokenizers", "peak MB"], rows)
+    for (name, _, reached, peak), wanted in zip(rows[1:], ("1.2x", "reported"), strict=True):
+        what = f"BPE on {size / 1e6:,.0f} MB, {name}: time to tokenizers"
+        summarize(what, f"{reached}, {peak:,.0f} MB", wanted)
 
 
 def main() -> None:

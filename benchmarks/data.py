@@ -1,16 +1,19 @@
-"""All benchmarks of preparing and loading data, one after another on the same machine.
+"""All benchmarks of preparing and loading data in one run, and one table of what they found.
 
-Each is a script of its own: tokenizing, crew, mixture, download, dedup. Peers that are not
-installed are left out with a word.
+Each is a script of its own, with its peer beside it: tokenizing, crew, mixture, download, dedup.
+Peers that are not installed are left out with a word.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from table import note, parser
+from table import SUMMARY, machine_line, note, parser, print_table
 
 SCRIPTS = ("tokenizing", "crew", "mixture", "download", "dedup")
 
@@ -20,9 +23,15 @@ def main() -> None:
     flags = ["--quick"] * options.quick + ["--threads", str(options.threads)]
     if options.rounds:
         flags += ["--rounds", str(options.rounds)]
-    for name in SCRIPTS:
-        note(f"{name}.py")
-        subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py"), *flags], check=True)
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as summary:
+        os.environ[SUMMARY] = summary.name
+        for name in SCRIPTS:
+            note(f"{name}.py")
+            script = Path(__file__).with_name(f"{name}.py")
+            subprocess.run([sys.executable, script, *flags], check=True)
+        rows = [json.loads(line) for line in summary]
+    print(f"## All of it\n\n{machine_line(options.threads)}\n")
+    print_table(["what", "reached", "to be reached"], rows)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,16 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from table import in_process, median, parser, print_heading, print_table, ratio, take_turns
+from table import (
+    in_process,
+    median,
+    parser,
+    print_heading,
+    print_table,
+    ratio,
+    summarize,
+    take_turns,
+)
 
 from dtt.config.cleaning import NearDedup
 from dtt.data.cleaning.reader import CleanedReader
@@ -227,6 +236,9 @@ def main() -> None:
         rows.append([name, speed, ratio(speed, first), *quality(pairs, removed[name])])
     heads = ["variant", "documents/s", f"to {variants[0]}", "recall", "precision", "wrong"]
     print_table(heads, rows)
+    for name, _, faster, recall, precision, _ in rows[1:] if variants[0] == "datatrove" else rows:
+        what = f"MinHash, {name}: documents/s to {variants[0]}; recall; precision"
+        summarize(what, f"{faster}; {recall:.3f}; {precision:.3f}")
     columns = [
         [f"{low:.2f} to {min(high, 1.0):.2f}" for low, high in pairwise(BINS)],
         by_similarity(pairs, lambda pair: promised(pair[2])),

@@ -19,7 +19,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from table import in_process, median, parser, print_heading, print_table, ratio, take_turns
+from table import (
+    in_process,
+    median,
+    parser,
+    print_heading,
+    print_table,
+    ratio,
+    summarize,
+    take_turns,
+)
 
 SERVER = Path(__file__).parent.parent / "tests/data/hub_server.py"
 VARIANTS = ("plain loop", "huggingface_hub", "dtt")
@@ -119,6 +128,8 @@ def compare(files: int, size: int, rounds: int) -> None:
     ]
     title = f"{files} x {size / 1e6:,.0f} MB"
     print_table([title, "MB/s, best", "median", "to huggingface_hub", "memory, +MB"], rows)
+    reached = f"{ratio(median(found['dtt']), theirs)}, +{memory['dtt']:.0f} MB"
+    summarize(f"download, {title}, to huggingface_hub", reached, "0.8x")
 
 
 def main() -> None:

@@ -21,7 +21,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from table import in_process, median, parser, print_heading, print_table, ratio, take_turns
+from table import (
+    in_process,
+    median,
+    parser,
+    print_heading,
+    print_table,
+    ratio,
+    summarize,
+    take_turns,
+)
 
 from dtt.config.data import Data, TokenizerFile
 from dtt.config.sources import Stdlib, Text
@@ -177,6 +186,7 @@ def print_training(spec: dict[str, Any], size: float, rounds: int) -> None:
     first = median(found["tokenizers, reading"])
     rows = [[n, max(v), median(v), ratio(median(v), first)] for n, v in found.items()]
     print_table(["BPE training, MB/s", "best", "median", "to tokenizers, reading"], rows)
+    summarize("BPE training on stdlib, to tokenizers", ratio(median(found["dtt"]), first), "1.0x")
 
 
 def print_encoding(label: str, spec: dict[str, Any], size: float, rounds: int) -> None:
@@ -212,6 +222,9 @@ def print_encoding(label: str, spec: dict[str, Any], size: float, rounds: int) -
         "to one process",
     ]
     print_table(heads, rows)
+    for name, wanted in zip(whole, ("0.8x", "0.7x", "reported"), strict=True):
+        reached = ratio(median(found[name]), best)
+        summarize(f"{label}: {name}, to the faster encoder alone", reached, wanted)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,7 +119,11 @@ class BpeTokenizer:
         self.end_of_text = _find_end(names, end_of_text)
         unknown = data["model"].get("unk_token")
         self.unknown: int | None = names.get(unknown) if unknown else None
-        self._fast = _tiktoken_encoding(data)
+
+    @cached_property
+    def _fast(self) -> Any | None:
+        """The same tokenizer for tiktoken, made when it is first needed; None if there is none."""
+        return _tiktoken_encoding(json.loads(self._json))
 
     def encode(self, text: str) -> Ids:
         if self._fast is not None:
@@ -131,8 +135,8 @@ class BpeTokenizer:
         return np.concatenate([np.asarray(part.ids, dtype=np.uint32) for part in slices])
 
     def _encode_fast(self, text: str) -> Ids:
-        assert self._fast is not None
-        ids: Ids = self._fast.encode_to_numpy(text, disallowed_special=())
+        encoding: Any = self._fast
+        ids: Ids = encoding.encode_to_numpy(text, disallowed_special=())
         return ids
 
     def decode(self, ids: Sequence[int] | Ids) -> str:

@@ -35,8 +35,9 @@ class Bpe(Section):
     """Number of tokens, the 256 bytes and the special tokens included."""
     special_tokens: Annotated[tuple[str, ...], Field(min_length=1)] = ("<|endoftext|>",)
     """Tokens that no text produces; the first one separates documents."""
-    train_bytes: int = Field(100_000_000, gt=0, le=2_000_000_000)
-    """Train on a seeded sample of at most this many bytes (the trainer counts in 31 bits)."""
+    train_bytes: int | None = Field(None, gt=0, le=2_000_000_000)
+    """Train on a seeded sample of at most this many bytes (the trainer counts in 31 bits); null:
+    4,000 for each token of the vocabulary, and at most 100,000,000."""
 
 
 class TokenizerFile(Section):

@@ -135,15 +135,31 @@ def test_a_word_of_ten_megabytes_costs_nothing(tmp_path: Path) -> None:
     assert longest <= len(" ") + LONGEST_WORD and made.encode(" the cat").size <= 3
 
 
+def test_a_small_vocabulary_is_learned_from_little_text(
+    source: SourceReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def record(source: object, parts: object, val: object, limit: int, *rest: object) -> list[str]:
+        limits.append(limit)
+        return ["some text"]
+
+    monkeypatch.setattr("dtt.data.preparation.sample.sampled_texts", record)
+    for settings in (Bpe(), Bpe(vocab_size=50_000), Bpe(train_bytes=7)):
+        train_tokenizer(source, settings, [], val_fraction=0.1)
+    assert limits == [4_096_000, 100_000_000, 7]
+
+
 def test_the_tokenizer_is_that_of_the_training_documents(source: SourceReader) -> None:
     from dtt.data.preparation.encoding import training_documents
 
     parts = source.parts(0.0)
     texts = [t for part in parts for t in training_documents(source, part, 0.1)]
     direct = train_bpe(iter(texts), 300, ["<|endoftext|>"])
+    settings = Bpe(vocab_size=300, train_bytes=100_000_000)
     for count in (1, 2):
         made = train_tokenizer(
-            source, Bpe(vocab_size=300), parts, val_fraction=0.1, workers=LocalWorkers(count)
+            source, settings, parts, val_fraction=0.1, workers=LocalWorkers(count)
         )
         assert made.to_json() == direct.to_json()
     letters = train_tokenizer(source, Char(), parts, val_fraction=0.1)

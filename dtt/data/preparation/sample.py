@@ -23,6 +23,8 @@ from dtt.data.progress import Advance, silent
 from dtt.data.sources import Part, SourceReader
 from dtt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 
+PER_TOKEN, LARGEST_SAMPLE = 4_000, 100_000_000
+"""Bytes to train on for each token of the vocabulary, where the settings do not say how many."""
 SPARSENESS = 4
 """Up to so many times the sample's size is read, so that it comes from many documents."""
 SPILL = 64 << 20
@@ -62,9 +64,8 @@ def train_tokenizer(
                 found |= more
             return CharTokenizer(found)
         case Bpe():
-            sample = sampled_texts(
-                source, parts, val_fraction, settings.train_bytes, workers, advance, scratch
-            )
+            most = settings.train_bytes or min(PER_TOKEN * settings.vocab_size, LARGEST_SAMPLE)
+            sample = sampled_texts(source, parts, val_fraction, most, workers, advance, scratch)
             made = train_bpe(sample, settings.vocab_size, settings.special_tokens)
             advance("training the tokenizer", 1, 1)
             return made
