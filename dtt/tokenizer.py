@@ -105,11 +105,15 @@ class BpeTokenizer:
     in slices of SLICE characters cut between words.
     """
 
-    def __init__(self, text: str, end_of_text: str | None = None) -> None:
+    def __init__(
+        self, text: str, end_of_text: str | None = None, parsed: dict[str, Any] | None = None
+    ) -> None:
+        """`text` is a tokenizer.json, `parsed` what it says if that is known: a tenth of a second
+        for 50,000 tokens."""
         from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-        data = json.loads(text)
         self._json = text
+        self._parsed = data = parsed or json.loads(text)
         self._inner = HuggingFaceTokenizer.from_str(text)
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
@@ -123,7 +127,7 @@ class BpeTokenizer:
     @cached_property
     def _fast(self) -> Any | None:
         """The same tokenizer for tiktoken, made when it is first needed; None if there is none."""
-        return _tiktoken_encoding(json.loads(self._json))
+        return _tiktoken_encoding(self._parsed)
 
     def encode(self, text: str) -> Ids:
         if self._fast is not None:
@@ -218,7 +222,7 @@ def _parsed(text: str, end_of_text: str | None) -> Tokenizer:
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise ValueError("it has no `model`")
     try:
-        return BpeTokenizer(text, end_of_text)
+        return BpeTokenizer(text, end_of_text, data)
     except DataError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for every malformed file
