@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from memory import peak_memory
 
 from dtt.config.data import Bpe, Data
 from dtt.config.sources import Stdlib, Text
@@ -97,15 +98,6 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
         )
     seconds = time.perf_counter() - begin
     return {"seconds": seconds, "megabytes": peak_memory() / 1e6}
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process has had in memory."""
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def share(variant: str, text: Path, tokenizer: Path, digests: set[str]) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from memory import peak_memory
 from table import (
     in_process,
     median,
@@ -50,14 +50,13 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
     prepare = {"plain loop": _plain, "huggingface_hub": _theirs, "dtt": _ours}[spec["variant"]]
     with tempfile.TemporaryDirectory(dir=spec["folder"]) as folder:
         call = prepare(Path(folder), spec["files"])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         begin = time.perf_counter()
         call()
         seconds = time.perf_counter() - begin
         came = [path for path in Path(folder).rglob("*.parquet") if path.is_file()]
         assert len(came) == spec["files"], came
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "memory": (after - before) / 1e3}
+    return {"seconds": seconds, "memory": (peak_memory() - before) / 1e6}
 
 
 def _plain(folder: Path, files: int) -> Any:

@@ -27,4 +27,6 @@ def main(path: str, count: int = 20) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        raise SystemExit("usage: python examples/flawless_tales.py RUN [STORIES]")
     main(sys.argv[1], *(int(count) for count in sys.argv[2:3]))

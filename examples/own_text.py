@@ -27,4 +27,6 @@ def main(path: str, steps: int = 500) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        raise SystemExit("usage: python examples/own_text.py FILE [STEPS]")
     main(sys.argv[1], *(int(steps) for steps in sys.argv[2:3]))

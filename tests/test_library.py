@@ -77,6 +77,15 @@ def test_train_load_and_generate(config: Config) -> None:
     assert generate(trained.folder, "Once", max_length=8)[0].startswith("Once")
 
 
+def test_a_model_can_be_used_though_its_optimizer_is_damaged(config: Config) -> None:
+    folder = train(config).folder
+    for saved in (folder / "checkpoints").glob("step-*"):
+        (saved / "optimizer.safetensors").write_bytes(b"damaged")
+    assert generate(folder, "Once", max_length=8)[0].startswith("Once")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        train(config.model_copy(update={"training": config.training}))
+
+
 def test_train_again_continues(config: Config) -> None:
     train(config)
     longer = config.model_copy(

@@ -57,7 +57,14 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="beginning (repeatable)")
     add("--prompt-file", type=Path, metavar="FILE", help="one more prompt: the text of a file")
-    add("--max-length", type=at_least(1), default=200, metavar="N", help="new tokens (200)")
+    add(
+        "--max-length",
+        "--max-new-tokens",
+        type=at_least(1),
+        default=200,
+        metavar="N",
+        help="new tokens (200)",
+    )
     add(
         "--temperature",
         type=at_least(0, float),

@@ -74,7 +74,7 @@ class CommandParser(argparse.ArgumentParser):
         same_field = [name for name in self.shown if name.endswith(f".{word.lstrip('-')}")]
         if same_field:
             return f", did you mean {same_field[0]}?"
-        hint = did_you_mean(plain, list(shown))
+        hint = did_you_mean(plain, list(shown)) or f"; `{self.prog} --help` lists them"
         return re.sub(r"--?[\w.-]+", lambda name: shown[name[0]], hint)
 
 

@@ -101,11 +101,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: {error.strerror}", "prepare the data with `dtt tokenize`"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise DataError(f"{path} is not a manifest", "run `dtt tokenize --force`") from None
+        raise DataError(
+            f"{path} is not a manifest", "run the same `dtt tokenize` with --force"
+        ) from None
     if manifest.format != FORMAT:
         raise DataError(
             f"{path}: data format {manifest.format}, this dtt reads {FORMAT}",
-            "run `dtt tokenize --force`",
+            "run the same `dtt tokenize` with --force",
         )
     return manifest
 
@@ -165,11 +167,13 @@ class TokenStream:
         try:
             size = path.stat().st_size
         except OSError:
-            raise DataError(f"{path} is missing", "run `dtt tokenize --force`") from None
+            raise DataError(
+                f"{path} is missing", "run the same `dtt tokenize` with --force"
+            ) from None
         if size != shard.tokens * dtype.itemsize:
             raise DataError(
                 f"{path} has {size} bytes instead of {shard.tokens * dtype.itemsize}",
-                "run `dtt tokenize --force`",
+                "run the same `dtt tokenize` with --force",
             )
 
     def _tokens(self, shard: Shard) -> NDArray[Any]:
@@ -204,7 +208,7 @@ class TokenStream:
             raise DataError(
                 f"{self.folder}: token {out.max()} at place {place} of the {self.split} split is "
                 f"beyond the vocabulary ({self.manifest.vocab_size})",
-                "the data is damaged: run `dtt tokenize --force`",
+                "the data is damaged: run the same `dtt tokenize` with --force",
             )
         return out
 
@@ -220,7 +224,7 @@ class TokenStream:
             if storage.sha256(path) != shard.sha256:
                 raise DataError(
                     f"{path} is damaged: its SHA-256 is not the manifest's",
-                    "run `dtt tokenize --force`",
+                    "run the same `dtt tokenize` with --force",
                 )
 
 
@@ -329,10 +333,12 @@ class DocumentIndex:
         try:
             size = self._path(shard).stat().st_size
         except OSError:
-            fix = "run `dtt tokenize --force`"
+            fix = "run the same `dtt tokenize` with --force"
             raise DataError(f"{self._path(shard)} is missing", fix) from None
         if size != 8 * shard.documents:
             raise self._damaged(shard, f"{size} bytes instead of {8 * shard.documents}")
 
     def _damaged(self, shard: Shard, how: str) -> DataError:
-        return DataError(f"{self._path(shard)} is damaged: {how}", "run `dtt tokenize --force`")
+        return DataError(
+            f"{self._path(shard)} is damaged: {how}", "run the same `dtt tokenize` with --force"
+        )

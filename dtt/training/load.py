@@ -51,7 +51,7 @@ def load_run(
     without, they stay in fp32, as in training.
     """
     folder = find_run(Path(path) if path is not None else None)
-    saved = open_checkpoint(Path(path) if path is not None else folder, checkpoint)
+    saved = open_checkpoint(Path(path) if path is not None else folder, checkpoint, ("model",))
     config = saved_config(saved)
     tokenizer = saved_tokenizer(saved)
     chosen = choose_device(device)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,26 +89,31 @@ def scan(folder: Path) -> list[Path]:
     return [path for _, path in found if path.is_dir()]
 
 
-def read(path: Path) -> Saved:
+def read(path: Path, groups: Collection[str] | None = None) -> Saved:
     """Open the checkpoint folder `path`; every byte in it has been hashed when this returns.
 
-    Raises CheckpointError if anything is missing, damaged, foreign or of another format version.
+    With `groups` only these tensors are opened and hashed, beside the small files. Raises
+    CheckpointError if anything is missing, damaged, foreign or of another format version.
     """
     manifest = read_manifest(path)
     try:
-        contents, opened = _contents(path, manifest)
+        contents, opened = _contents(path, manifest, groups)
         state = json.loads(contents.pop(STATE))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _damaged(path, MANIFEST, "does not describe a checkpoint") from error
     return Saved(path, manifest["step"], state, contents, manifest, opened)
 
 
-def _contents(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _contents(
+    path: Path, manifest: dict[str, Any], wanted: Collection[str] | None
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Return the small files' bytes by name and the open tensor files by group, all verified."""
     contents: dict[str, bytes] = {}
     opened: dict[str, Any] = {}
     groups = {entry["file"]: group for group, entry in manifest["tensors"].items()}
     for name, entry in manifest["files"].items():
+        if wanted is not None and name in groups and groups[name] not in wanted:
+            continue
         file = _member(path, name)
         try:
             size = file.stat().st_size
@@ -177,22 +182,24 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Saved | None:
     )
 
 
-def open_checkpoint(path: Path, which: str = "best") -> Saved:
+def open_checkpoint(
+    path: Path, which: str = "best", groups: Collection[str] | None = None
+) -> Saved:
     """Open one checkpoint by name: `path` is a run (then `which` chooses) or a checkpoint folder.
 
     `which` is "last", a step, or "best": the lowest validation loss, or the last where none was
     measured; a path that ends in checkpoints/last or checkpoints/best chooses too. Nothing is
-    substituted: what was asked for is whole, or it is a CheckpointError.
+    substituted: what was asked for (of `groups`, if given) is whole, or it is a CheckpointError.
     """
     if path.name in ("last", "best") and path.parent.name == "checkpoints":
         path, which = path.parent.parent, path.name  # the pointer files that people see
     if _is_checkpoint(path):
-        return read(path)
+        return read(path, groups)
     folder = find_run(path) / "checkpoints"
     for _ in range(20):  # a run that is writing may remove or replace what was just chosen
         before = _listing(folder)
         try:
-            return read(_choose(folder, which))
+            return read(_choose(folder, which), groups)
         except CheckpointError:
             if _listing(folder) == before:
                 raise
@@ -313,5 +320,6 @@ def _member(folder: Path, name: str) -> Path:
 
 def _damaged(folder: Path, name: str, how: str) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {folder} is damaged: {name}: {how}", "choose another checkpoint of the run"
+        f"checkpoint {folder} is damaged: {name}: {how}",
+        "choose another checkpoint of the run (--checkpoint last, best or a step)",
     )

@@ -386,7 +386,7 @@ def test_tokenizers_library_gets_slices(monkeypatch):
 
 
 GIANTS = """
-import resource, sys
+import sys
 from pathlib import Path
 from dtt.config.data import Bpe, Byte, Data
 from dtt.config.sources import Records, Text
@@ -407,7 +407,10 @@ print(tokenize(Text(path=str(folder / "word.txt")), Bpe(vocab_size=512)))
 print(tokenize(Records(path=str(folder / "line.jsonl")), Byte()))
 print(read(Text(path=str(folder / "line.jsonl"), separator="\\n")))
 print(read(Text(path=str(folder / "bomb.txt.gz"))))
-print("torch" in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+# Not ru_maxrss, which a process inherits from the one that started it.
+status = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+print("torch" in sys.modules, peak >> 10)
 """
 
 
@@ -436,3 +439,11 @@ def test_rows_are_no_text(tmp_path):
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet has rows, not text; set data\.source\.name"):
         open_source(Text(path=str(tmp_path)))
+
+
+def test_a_text_of_blanks_is_refused_and_leaves_no_folder(tmp_path):
+    path = put(tmp_path, b" \n\t " * 500, "blank.txt")
+    data = Data(source=Text(path=(str(path),)), dir=tmp_path / "data", workers=1)
+    with pytest.raises(DataError, match="only blanks; give a file with text"):
+        prepare(data, Byte())
+    assert not list((tmp_path / "data").glob("blank*"))

@@ -67,7 +67,7 @@ def test_an_empty_split_has_no_documents(tmp_path):
 @pytest.mark.parametrize(
     ("ends", "message"),
     [
-        (None, "val-0.docs is missing; run `dtt tokenize --force`"),
+        (None, "val-0.docs is missing; run the same `dtt tokenize` with --force"),
         ([3], "val-0.docs is damaged: 8 bytes instead of 16"),
         ([3, 9], "val-0.docs is damaged: a document ends behind its 7 tokens"),
         ([7, 3], "val-0.docs is damaged: its document ends do not rise"),

@@ -175,3 +175,16 @@ def test_a_mixture_of_what_is_here_has_nothing_to_download(
     assert not Path("data").exists() or not list(Path("data").glob("*.txt"))
     assert main(["download", "-c", "m.yaml", "--output", "all.txt"]) == 2
     assert "this is a mixture; name one with -d" in capsys.readouterr().err
+
+
+def test_one_document_is_written_as_it_is(dtt: Dtt, tmp_path: Path) -> None:
+    text = "first\n\n\nsecond\n"
+    (tmp_path / "one.txt").write_text(text)
+    code, out, _ = dtt("download", "--data-path", str(tmp_path / "one.txt"), "--output", "copy.txt")
+    assert code == 0 and Path("copy.txt").read_text() == text
+    assert "copy.txt: 1 document," in out and "separator" not in out
+    (tmp_path / "two.txt").write_text("more")
+    paths = [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
+    code, out, _ = dtt("download", "--data-path", *paths, "--output", "both.txt")
+    assert code == 0 and Path("both.txt").read_text() == f"{text}\n<|endoftext|>\nmore"
+    assert r"--data.source.separator '\n<|endoftext|>\n'" in out

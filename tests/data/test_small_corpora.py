@@ -193,7 +193,7 @@ def test_a_tokenizer_that_is_lost_is_made_again_with_force(tmp_path, damage):
     corpus, _ = make(tmp_path, Text(path=(str(path),)))
     file = corpus.folder / "tokenizer.json"
     file.unlink() if damage is None else file.write_bytes(damage)
-    with pytest.raises(DataError, match=r"tokenizer.*; run `dtt tokenize --force`$"):
+    with pytest.raises(DataError, match=r"tokenizer.*; run the same `dtt tokenize` with --force$"):
         open_corpus(corpus.folder)
     data = Data(source=Text(path=(str(path),)), dir=tmp_path / "data", workers=1)
     prepare(data, Byte(), force=True)

@@ -92,7 +92,7 @@ def open_corpus(folder: Path) -> Corpus:
     if fingerprint(tokenizer) != manifest.tokenizer:
         raise DataError(
             f"{folder}/tokenizer.json is not the tokenizer that made these tokens",
-            "run `dtt tokenize --force`",
+            "run the same `dtt tokenize` with --force",
         )
     return Corpus(folder, manifest, tokenizer)
 
@@ -101,7 +101,7 @@ def _own_tokenizer(folder: Path, spec: dict[str, Any]) -> Tokenizer:
     try:
         return load_tokenizer(folder / "tokenizer.json", named_end(spec["tokenizer"]))
     except DataError as error:
-        raise DataError(error.what, "run `dtt tokenize --force`") from None
+        raise DataError(error.what, "run the same `dtt tokenize` with --force") from None
 
 
 def prepare(
@@ -130,7 +130,12 @@ def prepare(
         if force and crew.array:  # tasks start when they can: the first of them does it
             crew.once("force", lambda: _is_forced(plan, crew), lambda: _make_room(plan, crew))
         if not is_finished(plan.folder):
-            _make(plan, tokenizer, crew, workers, advance)
+            try:
+                _make(plan, tokenizer, crew, workers, advance)
+            except BaseException:
+                with contextlib.suppress(OSError):  # unless something is in it that is of use
+                    plan.folder.rmdir()
+                raise
             corpus = open_corpus(plan.folder)
             if crew.speaks:
                 for line in warnings(corpus.manifest):

@@ -31,6 +31,10 @@ def refuse_empty(manifest: Manifest) -> None:
                 f"{what} ({', '.join(left_out)})",
                 "mend the files, or set data.source.on_bad to replace, or to error to see where",
             )
+        if not rest:
+            raise DataError(
+                "the text has no documents, or only blank ones", "give a file with text in it"
+            )
         by, fraction = manifest.spec["split"], manifest.spec["val_fraction"]
         tail = "" if by == "tail" else ", or data.split tail"
         raise DataError(

@@ -14,6 +14,7 @@ from dtt.data.documents import END, EXPANSION, Document, Part, Piece, Weighed, g
 from dtt.data.reading.compression import DamagedError
 from dtt.data.reading.faults import Faults
 from dtt.data.reading.files import (
+    BLOCK,
     File,
     blocks,
     contents_digest,
@@ -62,6 +63,9 @@ class TextReader:
                 raise DataError(
                     f"{shown(file.name)} has rows, not text", "set data.source.name to records"
                 )
+        if self._is_blank():
+            names = ", ".join(shown(name) for name in settings.path)
+            raise DataError(f"{names}: the text has only blanks", "give a file with text in it")
         self._by_name = {file.name: file for file in self.files}
         # A byte-order mark is taken off below, so that it is not in every separator too.
         name = codecs.lookup(settings.encoding).name
@@ -70,6 +74,12 @@ class TextReader:
         self._utf8 = self._encoding == "utf-8"
         mark = settings.separator
         self._separator = Separator(mark.encode(self._encoding)) if mark else None
+
+    def _is_blank(self) -> bool:
+        """Whether a small text has nothing in it; a large one is not read for that."""
+        if sum(file.size for file in self.files) > BLOCK or any(f.compression for f in self.files):
+            return False
+        return not any(block.strip() for file in self.files for block in blocks(file))
 
     def documents(self) -> int | None:
         if not self.settings.separator:
@@ -187,7 +197,7 @@ class TextReader:
                 raw, offset = raw[len(BOM) :], len(BOM)
             text = self._faults.decode(raw, self._encoding, place, offset)
             if whole:
-                if text and (text.strip() or not self._separator):
+                if text and text.strip():
                     yield Document(text)
             elif text or ends:  # its end must come, even if the last piece is left out
                 yield Document(text or "", ends=ends, key=key)

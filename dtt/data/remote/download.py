@@ -22,7 +22,7 @@ from dtt.data.remote.transfer import size_text, time_text
 from dtt.data.sources import SourceReader, open_source
 from dtt.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, StorageError
 
-SEPARATOR = "\n\n\n"
+SEPARATOR = "\n<|endoftext|>\n"
 """Between documents: no story has it, and it is rare enough elsewhere to look at."""
 
 
@@ -154,15 +154,19 @@ def _write_text(config: Config, output: Path | None) -> None:
 
     def chunks() -> Iterator[bytes]:
         nonlocal count
+        between = b""
         for part in source.parts(0.0):
             for document in source.read(part):
-                yield (document.text + (SEPARATOR if document.ends else "")).encode()
+                yield between + document.text.encode()
+                between = SEPARATOR.encode() if document.ends else b""
                 count += document.ends
 
     storage.make_folder(path.parent)
     written = storage.write_stream_atomic(path, chunks())
-    print(f"{path}: {count:,} documents, {written.size:,} bytes, sha256 {written.sha256[:16]}")
-    print(f"  dtt train --data-path {path} --data.source.separator '\\n\\n\\n'")
+    what = "1 document" if count == 1 else f"{count:,} documents"
+    print(f"{path}: {what}, {written.size:,} bytes, sha256 {written.sha256[:16]}")
+    apart = f" --data.source.separator {SEPARATOR!r}" if count > 1 else ""
+    print(f"  dtt train --data-path {path}{apart}")
 
 
 def _local_files(source: SourceReader) -> Iterator[Path]:
