@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dtt.config.section import Section
 
 REST = -1
-AXES = ("pipeline", "replicate", "shard", "expert", "context", "tensor")
+AXES = ("replicate", "shard")
 """From the outermost to the innermost: ranks that differ in the last one only are neighbours."""
 
 Axis = Annotated[int, Field(ge=REST)]
@@ -24,14 +24,9 @@ class Parallel(Section):
     """Ranks with copies of what `shard` has divided; null: those that no other axis takes."""
     shard: Axis = 1
     """Ranks that divide parameters, gradients and optimizer state (FSDP2); -1: those left."""
-    expert: Axis = 1
-    """Ranks that divide the experts of a mixture of experts; each has sequences of its own."""
-    context: Axis = 1
-    """Ranks that divide each sequence."""
-    tensor: Axis = 1
-    """Ranks that divide each matrix; neighbours on one machine, since they talk most."""
-    pipeline: Axis = 1
-    """Ranks that divide the blocks into stages."""
+    reshard: bool = True
+    """With shard: give a block's parameters up after its forward, and gather them again for its
+    backward; false needs more memory and less communication."""
 
     @model_validator(mode="after")
     def _axes_fit(self) -> Parallel:

@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dtt import storage
 from dtt.config.schema import Config
@@ -19,14 +17,18 @@ from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
 from dtt.data.order import mix
 from dtt.data.progress import progress
-from dtt.dist import Runtime
+from dtt.dist import Runtime, local
 from dtt.errors import ConfigError, DttError
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
 from dtt.model.decoder import Decoder
+from dtt.model.objective import Objective
 from dtt.optim.build import build_optimizer
 from dtt.optim.schedule import warmup_steps
+from dtt.parallel.apply import parallelize
+from dtt.parallel.layout import Layout, resolve
+from dtt.parallel.shard import divided_like
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
@@ -42,12 +44,9 @@ from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
-from dtt.training.step import Objective, Stepper
+from dtt.training.step import Stepper
 
 DEFAULT_STEPS = 900
-_REPLICATED: list[nn.Module] = []
-"""Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
-thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
 
 
 @contextmanager
@@ -106,8 +105,12 @@ def _build(
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
+    layout = resolve(config.parallel, runtime.ranks)
+    if layout.shard > 1 and dtype == torch.float16:
+        raise ConfigError("fp16 does not go with parallel.shard", "use bf16 or fp32")
     model = _model(config, runtime, dtype)
-    stepper = _stepper(model, config, runtime, dtype)
+    objective = Objective(model)
+    stepper = _stepper(objective, layout, config, runtime, dtype)
     state = _restore(saved, model, stepper)
     metrics = None
     if runtime.is_main:
@@ -121,8 +124,10 @@ def _build(
         config=config,
         folder=folder,
         runtime=runtime,
+        layout=layout,
         corpora=corpora,
         model=model,
+        objective=objective,
         stepper=stepper,
         loader=loader,
         steps=steps,
@@ -267,14 +272,15 @@ def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
     model = Decoder(config.model)
     model.init_weights(torch.Generator().manual_seed(mix(config.seed, 0) >> 1))
     model.compute_in(dtype)
-    model.recompute_blocks = config.training.gradient_checkpointing
     return model.to(runtime.device)
 
 
-def _stepper(model: Decoder, config: Config, runtime: Runtime, dtype: torch.dtype) -> Stepper:
+def _stepper(
+    objective: Objective, layout: Layout, config: Config, runtime: Runtime, dtype: torch.dtype
+) -> Stepper:
     return Stepper(
-        objective=_wrap(model, config, runtime),
-        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
+        objective=parallelize(objective, layout, config, runtime, dtype),
+        optimizer=build_optimizer(config.optimizer, objective.model.named_parameters()),
         runtime=runtime,
         division=divide(config.training, runtime.ranks),
         seed=config.seed,
@@ -283,25 +289,19 @@ def _stepper(model: Decoder, config: Config, runtime: Runtime, dtype: torch.dtyp
     )
 
 
-def _wrap(model: Decoder, config: Config, runtime: Runtime) -> nn.Module:
-    """Compile, then replicate."""
-    if config.training.compile:
-        for block in model.blocks:
-            block.compile()
-    objective: nn.Module = Objective(model)
-    if runtime.ranks > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        _REPLICATED.append(objective)
-    return objective.train()
-
-
 def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainState:
     if saved is None:
         return TrainState()
     weights = saved.tensors("model")
     check_weights(model, weights, saved.path)
-    model.load_state_dict(weights)
-    stepper.optimizer.load_named_state(saved.tensors("optimizer"))
+    parameters = model.state_dict()
+    for name, parameter in parameters.items():
+        local(parameter).copy_(local(divided_like(weights[name], parameter)))
+    state = saved.tensors("optimizer")
+    for name, tensor in state.items():  # "<parameter>.<key>"
+        owner = parameters.get(name.rpartition(".")[0])
+        state[name] = tensor if owner is None else divided_like(tensor, owner)
+    stepper.optimizer.load_named_state(state)
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])
