@@ -21,9 +21,9 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime
 from dtt.errors import EXIT_DONE, ConfigError, DataError
 from dtt.metrics.loggers import perplexity
-from dtt.model.objective import Objective
 from dtt.parallel.shard import is_sharded
 from dtt.training.load import load_run
+from dtt.training.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from dtt.dist import Place, Runtime
 from dtt.errors import ConfigError, DataError
 from dtt.evaluation import Evaluation, evaluate_command
 from dtt.model.decoder import Decoder
-from dtt.model.objective import Objective
 from dtt.training.load import LoadedRun
+from dtt.training.objective import Objective
 
 CONTEXT = 16
 ALONE = Runtime(Place(), torch.device("cpu"))

@@ -7,7 +7,7 @@ the targets of the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtt.model.decoder import Decoder
-
 
 def shard(
-    objective: nn.Module, model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, reshard: bool
+    objective: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    reshard: bool,
 ) -> nn.Module:
-    """Divide the parameters of `model` inside of `objective` over `mesh`, and return `objective`.
+    """Divide the parameters of `objective` over `mesh`, those of each block apart; return it.
 
     They are gathered in `dtype`, and gradients are summed in fp32. With `reshard` a block's
     parameters are given up after its forward and gathered again for its backward.
@@ -31,7 +33,7 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    for block in model.blocks:
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in objective.modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,6 @@ from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
 from dtt.model.decoder import Decoder
-from dtt.model.objective import Objective
 from dtt.optim.build import build_optimizer
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.apply import parallelize
@@ -40,6 +39,7 @@ from dtt.training.folder import (
     write_run_files,
 )
 from dtt.training.load import check_weights, saved_config
+from dtt.training.objective import Objective
 from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
@@ -108,9 +108,9 @@ def _build(
     layout = resolve(config.parallel, runtime.ranks)
     if layout.shard > 1 and dtype == torch.float16:
         raise ConfigError("fp16 does not go with parallel.shard", "use bf16 or fp32")
-    model = _model(config, runtime, dtype)
+    model = build_model(config, runtime, dtype)
     objective = Objective(model)
-    stepper = _stepper(objective, layout, config, runtime, dtype)
+    stepper = build_stepper(objective, layout, config, runtime, dtype)
     state = _restore(saved, model, stepper)
     metrics = None
     if runtime.is_main:
@@ -267,19 +267,20 @@ def _steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
+def build_model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
     """The initial weights depend on the seed alone: they are drawn on the CPU."""
     model = Decoder(config.model)
     model.init_weights(torch.Generator().manual_seed(mix(config.seed, 0) >> 1))
     model.compute_in(dtype)
+    model.recompute_blocks = config.training.gradient_checkpointing
     return model.to(runtime.device)
 
 
-def _stepper(
+def build_stepper(
     objective: Objective, layout: Layout, config: Config, runtime: Runtime, dtype: torch.dtype
 ) -> Stepper:
     return Stepper(
-        objective=parallelize(objective, layout, config, runtime, dtype),
+        objective=parallelize(objective, objective.model.blocks, layout, config, runtime, dtype),
         optimizer=build_optimizer(config.optimizer, objective.model.named_parameters()),
         runtime=runtime,
         division=divide(config.training, runtime.ranks),
@@ -289,19 +290,29 @@ def _stepper(
     )
 
 
+def take_over(
+    model: Decoder,
+    stepper: Stepper,
+    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Go on from whole weights and a whole optimizer state, by name, in whatever layout."""
+    parameters = model.state_dict()
+    for name, parameter in parameters.items():
+        local(parameter).copy_(local(divided_like(weights[name], parameter)))
+    parts = {}
+    for name, tensor in state.items():  # "<parameter>.<key>"
+        owner = parameters.get(name.rpartition(".")[0])
+        parts[name] = tensor if owner is None else divided_like(tensor, owner)
+    stepper.optimizer.load_named_state(parts)
+
+
 def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainState:
     if saved is None:
         return TrainState()
     weights = saved.tensors("model")
     check_weights(model, weights, saved.path)
-    parameters = model.state_dict()
-    for name, parameter in parameters.items():
-        local(parameter).copy_(local(divided_like(weights[name], parameter)))
-    state = saved.tensors("optimizer")
-    for name, tensor in state.items():  # "<parameter>.<key>"
-        owner = parameters.get(name.rpartition(".")[0])
-        state[name] = tensor if owner is None else divided_like(tensor, owner)
-    stepper.optimizer.load_named_state(state)
+    take_over(model, stepper, weights, saved.tensors("optimizer"))
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])

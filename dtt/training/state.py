@@ -22,11 +22,11 @@ from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Meter, short_count
 from dtt.metrics.trackers import Tracker
 from dtt.model.decoder import Decoder, count_parameters
-from dtt.model.objective import Objective
 from dtt.parallel.layout import Layout
 from dtt.parallel.shard import gathered, is_sharded
 from dtt.tokenizer import fingerprint
 from dtt.training.checkpoint import Checkpoints
+from dtt.training.objective import Objective
 from dtt.training.profile import StepProfiler
 from dtt.training.step import Stepper
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_decoder import STYLES, decoder, random_tokens
 
-from dtt.model.objective import Objective
+from dtt.training.objective import Objective
 
 LENGTHS = (9, 1, 4, 10)
 

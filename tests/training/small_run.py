@@ -28,12 +28,12 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
 from dtt.model.decoder import Decoder
-from dtt.model.objective import Objective
 from dtt.optim.build import build_optimizer
 from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import resolve
 from dtt.parallel.shard import whole
 from dtt.training.batching import divide
+from dtt.training.objective import Objective
 from dtt.training.saved import open_checkpoint
 from dtt.training.step import Stepper, StepResult
 
@@ -177,9 +177,10 @@ def build_stepper(config: Config, runtime: Runtime) -> Stepper:
     settings = config.model.model_copy(update={"vocab_size": 64})
     model = Decoder(settings)
     model.init_weights(torch.Generator().manual_seed(0))
+    model.recompute_blocks = config.training.gradient_checkpointing
     layout, dtype = resolve(config.parallel, runtime.ranks), torch.float32
     return Stepper(
-        objective=parallelize(Objective(model), layout, config, runtime, dtype),
+        objective=parallelize(Objective(model), model.blocks, layout, config, runtime, dtype),
         optimizer=build_optimizer(config.optimizer, model.named_parameters()),
         runtime=runtime,
         division=divide(config.training, runtime.ranks),
