@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch._dynamo  # optimizers import it: once here, and not on every rank
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -261,22 +262,20 @@ def verify_command(config: Config) -> int:
     """Print a table of all cases; NumericError names the first that differs."""
     model, console = shrink(config.model), Console()
     table = Table(box=None, header_style="bold", pad_edge=False)
-    words = ("layout", "gradient most in", "")
-    for head in ("layout", "ranks", "loss", "norm", "update", "gradient", "gradient most in", ""):
-        table.add_column(head, justify="left" if head in words else "right", no_wrap=True)
+    for head in ("layout", "ranks", "loss", "norm", "gradient", "update", ""):
+        table.add_column(head, justify="left" if head in ("layout", "") else "right", no_wrap=True)
     wrong: list[str] = []
     for case, found in verify(config):
         good = found.within(case)
         if not good:
             wrong.append(f"{case.name}, where {found.parameter} is {found.gradient:.1e} off")
-        figures = (
-            f"{value:.1e}" for value in (found.loss, found.norm, found.update, found.gradient)
-        )
+        values = (found.loss, found.norm, found.gradient, found.update)
+        figures = (f"{value:.1e}" for value in values)
         verdict = "[green]same[/]" if good else "[red bold]DIFFERS[/]"
-        table.add_row(case.name, str(case.ranks), *figures, found.parameter, verdict)
+        table.add_row(case.name, str(case.ranks), *figures, verdict)
     console.print(
         f"{model.layers} layers x {model.dim}, {model.heads} heads, vocabulary {VOCABULARY}, "
-        f"{config.optimizer.name}, fp32, {STEPS} steps; the largest differences from one process:"
+        f"{config.optimizer.name}, fp32, {STEPS} steps.\nLargest differences from one process:"
     )
     console.print(table)
     if wrong:

@@ -172,7 +172,8 @@ def _sgd(settings: Sgd, named: Named, block_prefix: str) -> list[torch.optim.Opt
             lr=settings.lr,
             momentum=settings.momentum,
             nesterov=settings.nesterov,
-            fused=_fused(named),
+            # The fused kernel of SGD does not know parameters that ranks divide.
+            fused=_fused(named) and not any(hasattr(p, "to_local") for _, p in named),
         )
     ]
 
