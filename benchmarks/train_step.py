@@ -41,7 +41,8 @@ from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
 from dtt.precision import choose_precision
 from dtt.training.batching import Division
-from dtt.training.step import Objective, Stepper
+from dtt.training.objective import Objective
+from dtt.training.step import Stepper
 
 STREAM = 1_000_000
 OURS = "dtt"

@@ -109,6 +109,12 @@ def start(place: Place, device: str, threads: int | None) -> Runtime:
     return Runtime(place, chosen)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that ranks divide (a DTensor), or all of another."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device of a rank: `auto` is cuda, else mps, else cpu."""
     if name == "auto":

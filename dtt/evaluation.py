@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from json import dumps as dump_json
 from pathlib import Path
@@ -21,9 +21,9 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime
 from dtt.errors import EXIT_DONE, ConfigError, DataError
 from dtt.metrics.loggers import perplexity
-from dtt.model.decoder import Decoder
-from dtt.model.loss import sum_cross_entropy
+from dtt.parallel.shard import is_sharded
 from dtt.training.load import load_run
+from dtt.training.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,8 @@ def _total(values: Tensor, runtime: Runtime) -> Tensor:
     return runtime.sum(values.to(runtime.device)).cpu() if runtime.ranks > 1 else values
 
 
-def sum_loss(
-    model: Decoder, tokens: Tensor, targets: Tensor, positions: Tensor | None = None
-) -> Tensor:
-    """Return the loss in nats, summed over the targets that are not IGNORED."""
-    hidden = model.hidden(tokens, positions).flatten(0, 1)
-    return sum_cross_entropy(hidden, model.head_weight, targets.flatten(), IGNORED)
-
-
 def evaluate(
-    model: Decoder,
+    objective: Objective,
     corpora: Corpora,
     split: str,
     runtime: Runtime,
@@ -84,15 +76,16 @@ def evaluate(
     divide the windows; each may have one batch less than another. The figures of a mixture are
     those of its corpora in their shares of the training tokens.
     """
-    was_training = model.training
-    model.eval()
+    was_training = objective.training
+    objective.eval()
+    context = objective.model.settings.context
     found = {}
     for portion in corpora.portions:
         batches = _batches(
-            corpora, portion, split, runtime, model.settings.context, batch_size, stride, max_tokens
+            corpora, portion, split, runtime, context, batch_size, stride, max_tokens
         )
-        found[portion.name] = _measure(model, portion, split, runtime, batches)
-    model.train(was_training)
+        found[portion.name] = _measure(objective, portion, split, runtime, batches)
+    objective.train(was_training)
     if not corpora.data.mixture:
         return found[""], {}
     return _mixed([(p.share, found[p.name]) for p in corpora.portions]), found
@@ -121,14 +114,20 @@ def _batches(
 
 
 def _measure(
-    model: Decoder, portion: Portion, split: str, runtime: Runtime, batches: Iterable[Batch]
+    objective: Objective,
+    portion: Portion,
+    split: str,
+    runtime: Runtime,
+    batches: Iterable[Batch],
 ) -> Evaluation:
     totals = torch.zeros(2, dtype=torch.float64)
-    with torch.inference_mode():
+    if is_sharded(objective):
+        batches = _in_step(batches, runtime)
+    with torch.no_grad():
         for batch in batches:
             tokens, targets = batch.tokens.to(runtime.device), batch.targets.to(runtime.device)
             places = None if batch.positions is None else batch.positions.to(runtime.device)
-            totals[0] += sum_loss(model, tokens, targets, places).cpu().double()
+            totals[0] += objective(tokens, targets, places).cpu().double()
             totals[1] += batch.count
     nats, count = (float(x) for x in _total(totals, runtime))
     manifest = portion.corpus.manifest
@@ -142,6 +141,18 @@ def _measure(
         bits_per_byte=nats / math.log(2) / size,
         floor=ideal / manifest.total(split, "bytes") if ideal else None,
     )
+
+
+def _in_step(batches: Iterable[Batch], runtime: Runtime) -> Iterator[Batch]:
+    """Yield a rank's batches, and then ones without targets until no rank has any left."""
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    empty = Batch(one, torch.full_like(one, IGNORED), None, 0, ())
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        if not _total(torch.tensor([batch is not None], dtype=torch.float64), runtime).item():
+            return
+        yield batch or empty
 
 
 def _mixed(parts: list[tuple[float, Evaluation]]) -> Evaluation:
@@ -192,7 +203,7 @@ def evaluate_command(
     runtime = Runtime(Place(), loaded.model.embed.weight.device)
     begun = time.perf_counter()
     result, parts = evaluate(
-        loaded.model,
+        Objective(loaded.model),
         corpora,
         split,
         runtime,

@@ -26,6 +26,7 @@ from dtt.errors import ConfigError, DataError
 from dtt.evaluation import Evaluation, evaluate_command
 from dtt.model.decoder import Decoder
 from dtt.training.load import LoadedRun
+from dtt.training.objective import Objective
 
 CONTEXT = 16
 ALONE = Runtime(Place(), torch.device("cpu"))
@@ -60,7 +61,7 @@ def decoder(corpus: Corpus, **settings: Any) -> Decoder:
 def evaluate(model: Decoder, corpus: Corpus, *rest: Any, **settings: Any) -> Evaluation:
     """The figures of one corpus, windows following each other."""
     corpora = Corpora(Data(packing="contiguous"), (Portion("", corpus, 1.0),))
-    result, parts = module.evaluate(model, corpora, *rest, **settings)
+    result, parts = module.evaluate(Objective(model), corpora, *rest, **settings)
     assert parts == {}
     return result
 
@@ -190,7 +191,7 @@ def test_packed_windows_give_every_target_and_isolated_documents_their_own_loss(
     corpus = prepare(data, Byte())
     model = decoder(corpus, context=2000)  # three stories in a window
     corpora = Corpora(data, (Portion("", corpus, 1.0),))
-    found, _ = module.evaluate(model, corpora, "val", ALONE, batch_size=4)
+    found, _ = module.evaluate(Objective(model), corpora, "val", ALONE, batch_size=4)
     assert corpora.packing(corpora.portions[0], 2000) == "best-fit"
     assert found.tokens == corpus.manifest.total("val", "tokens")
     tokens = stream_of(corpus)
@@ -214,7 +215,7 @@ def test_a_mixture_has_the_figures_of_its_corpora_in_their_shares(
     corpora = Corpora(
         Data(mixture=ingredients), (Portion("a", corpus, 0.75), Portion("b", other, 0.25))
     )
-    found, parts = module.evaluate(model, corpora, "val", ALONE, batch_size=4)
+    found, parts = module.evaluate(Objective(model), corpora, "val", ALONE, batch_size=4)
     a, b = (evaluate(model, one, "val", ALONE, batch_size=4) for one in (corpus, other))
     assert parts == {"a": a, "b": b}
     assert found.loss == pytest.approx(0.75 * a.loss + 0.25 * b.loss)

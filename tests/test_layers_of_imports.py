@@ -31,6 +31,7 @@ ROWS = {
     "dtt.training": 4,
     "dtt.evaluation": 4,
     "dtt.generation": 4,
+    "dtt.verification": 5,
     "dtt.commands": 6,
     "dtt.cli": 6,
     "dtt.main": 6,

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from dtt.config.data import Bpe, Data, Tokenizer
 from dtt.config.model import Model
 from dtt.config.optim import Muon, Optimizer, Schedule
+from dtt.config.parallel import Parallel
 from dtt.config.section import Section
 
 
@@ -43,13 +44,6 @@ class Training(Section):
     """Where to compute; auto: cuda, then mps, then cpu."""
     threads: int | None = Field(None, gt=0)
     """CPU threads per rank; null: the machine's cores divided among the ranks on it."""
-
-
-class Parallel(Section):
-    """Ranks."""
-
-    world_size: int = Field(1, gt=0)
-    """Workers to start on this machine; under torchrun, Slurm or MPI their number holds instead."""
 
 
 class Evaluation(Section):
@@ -130,7 +124,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     """Learning rate over the run."""
     parallel: Parallel = Parallel()
-    """Ranks."""
+    """How the ranks share the work."""
     evaluation: Evaluation = Evaluation()
     """Validation during training."""
     sample: Sample = Sample()

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from dtt.config.optim import Adam, AdamW, Optimizer, Sgd
 from dtt.config.optim import Muon as MuonSettings
+from dtt.dist import local
 from dtt.errors import CheckpointError, ConfigError
 from dtt.optim.muon import Muon
 
@@ -134,13 +135,15 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float | None) -> T
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # of gradients that ranks divide
+        norm = norm.full_tensor()
     if max_norm is None:
         return norm
     scale = max_norm / (norm + 1e-6)
     # Reading a number is free on a CPU, and there most of the time went into multiplying by 1.
     if norm.device.type == "cpu" and scale >= 1:
         return norm
-    torch._foreach_mul_(gradients, scale.clamp(max=1.0))
+    torch._foreach_mul_([local(gradient) for gradient in gradients], scale.clamp(max=1.0))
     return norm
 
 
@@ -169,7 +172,8 @@ def _sgd(settings: Sgd, named: Named, block_prefix: str) -> list[torch.optim.Opt
             lr=settings.lr,
             momentum=settings.momentum,
             nesterov=settings.nesterov,
-            fused=_fused(named),
+            # The fused kernel of SGD does not know parameters that ranks divide.
+            fused=_fused(named) and not any(hasattr(p, "to_local") for _, p in named),
         )
     ]
 

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
+
+from dtt.dist import local
 
 # Coefficients of the quintic iteration, chosen by Jordan et al. for the steepest slope at zero.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -90,16 +93,27 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients, values = [local(g) for g in gradients], [local(p) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
         for batch in _batches(parameters):
-            shape = parameters[batch[0]].shape
+            first = parameters[batch[0]]
             stack = torch.stack([updates[i] for i in batch])
-            scale = RMS_OF_ADAMW * math.sqrt(max(shape[-2:]))
-            for i, part in zip(batch, zeropower(stack, group["ns_steps"]), strict=True):
-                parameters[i].add_(part, alpha=-group["lr"] * scale)
+            scale = RMS_OF_ADAMW * math.sqrt(max(first.shape[-2:]))
+            parts = _orthogonal(stack, first, group["ns_steps"])
+            for i, part in zip(batch, parts, strict=True):
+                values[i].add_(part, alpha=-group["lr"] * scale)
+
+
+def _orthogonal(updates: Tensor, parameter: Tensor, steps: int) -> Tensor:
+    """Return `zeropower` of a stack of updates; this rank's rows, where ranks divide them."""
+    if not isinstance(parameter, DTensor) or parameter.ndim == 3:  # whole matrices either way
+        return zeropower(updates, steps)
+    from dtt.optim.divided import zeropower_divided
+
+    return zeropower_divided(updates, parameter, steps)
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[int]]:
@@ -108,6 +122,8 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[int]]:
     for i, parameter in enumerate(parameters):
         alike.setdefault((parameter.shape, parameter.device), []).append(i)
     for indices in alike.values():
-        length = max(1, BATCH_ELEMENTS // parameters[indices[0]].numel())
+        first = parameters[indices[0]]
+        sharers = first.device_mesh.size(-1) if isinstance(first, DTensor) else 1
+        length = sharers * max(1, BATCH_ELEMENTS // first.numel())
         for start in range(0, len(indices), length):
             yield indices[start : start + length]

@@ -34,6 +34,7 @@ from dtt.errors import (
     DataError,
     PeerError,
 )
+from dtt.parallel.layout import resolve
 from dtt.reporting import report_error
 from dtt.training.batching import divide
 from dtt.training.folder import run_folder
@@ -69,6 +70,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
             f"parallel.world_size is {config.parallel.world_size}, but this is one process",
             "start workers with `dtt train` or torchrun",
         )
+    resolve(config.parallel, place.ranks)
     divide(config.training, place.ranks)
     runtime = start(place, config.training.device, config.training.threads)
     begun = time.perf_counter()
@@ -93,6 +95,7 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
     """Train, with as many workers as the configuration asks for, and return the exit code."""
     place, workers = find_place(os.environ), config.parallel.world_size
     if place.launcher == "none" and workers > 1:
+        resolve(config.parallel, workers)
         divide(config.training, workers)
         return _run_workers(config, workers, resume, fresh)
     if place.ranks > 1:

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from torch.nn.utils import get_total_norm
 
 from dtt.config.schema import Config
+from dtt.dist import local
 from dtt.errors import NumericError
 from dtt.evaluation import evaluate
 from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.optim.schedule import learning_rate
+from dtt.parallel.shard import is_sharded
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
@@ -140,7 +142,9 @@ def fit(run: Run) -> TrainState:
 
 def _refuse_bad_weights(run: Run) -> None:
     """The loss of the next step would show it, but a checkpoint is written before that."""
-    if not get_total_norm(run.stepper.parameters, math.inf).isfinite():
+    parts = [local(parameter) for parameter in run.stepper.parameters]
+    bad = (~get_total_norm(parts, math.inf).isfinite()).float()
+    if run.runtime.sum(bad).item():
         raise NumericError(f"step {run.state.step}: its update made weights not finite", CALM)
 
 
@@ -159,7 +163,7 @@ def _validate(run: Run, readings: Readings) -> float | None:
     settings, state = run.config.evaluation, run.state
     with run.pause():
         result, parts = evaluate(
-            run.model,
+            run.objective,
             run.corpora,
             "val",
             run.runtime,
@@ -185,6 +189,9 @@ def _validate(run: Run, readings: Readings) -> float | None:
 
 def _sample(run: Run) -> None:
     """Let the model write, on the main rank; the others go on and wait at the next step."""
+    if is_sharded(run.objective):
+        run.reporter.info("no samples while ranks divide the model: `dtt generate` writes them")
+        return
     if not run.runtime.is_main:
         return
     settings = run.config.sample

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dtt import storage
 from dtt.config.schema import Config
@@ -19,7 +17,7 @@ from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
 from dtt.data.order import mix
 from dtt.data.progress import progress
-from dtt.dist import Runtime
+from dtt.dist import Runtime, local
 from dtt.errors import ConfigError, DttError
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
@@ -27,6 +25,9 @@ from dtt.metrics.trackers import TRACKERS, Tracker
 from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
 from dtt.optim.schedule import warmup_steps
+from dtt.parallel.apply import parallelize
+from dtt.parallel.layout import Layout, resolve
+from dtt.parallel.shard import divided_like
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
@@ -38,16 +39,14 @@ from dtt.training.folder import (
     write_run_files,
 )
 from dtt.training.load import check_weights, saved_config
+from dtt.training.objective import Objective
 from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
-from dtt.training.step import Objective, Stepper
+from dtt.training.step import Stepper
 
 DEFAULT_STEPS = 900
-_REPLICATED: list[nn.Module] = []
-"""Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
-thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."""
 
 
 @contextmanager
@@ -106,8 +105,12 @@ def _build(
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
-    model = _model(config, runtime, dtype)
-    stepper = _stepper(model, config, runtime, dtype)
+    layout = resolve(config.parallel, runtime.ranks)
+    if layout.shard > 1 and dtype == torch.float16:
+        raise ConfigError("fp16 does not go with parallel.shard", "use bf16 or fp32")
+    model = build_model(config, runtime, dtype)
+    objective = Objective(model)
+    stepper = build_stepper(objective, layout, config, runtime, dtype)
     state = _restore(saved, model, stepper)
     metrics = None
     if runtime.is_main:
@@ -121,8 +124,10 @@ def _build(
         config=config,
         folder=folder,
         runtime=runtime,
+        layout=layout,
         corpora=corpora,
         model=model,
+        objective=objective,
         stepper=stepper,
         loader=loader,
         steps=steps,
@@ -262,7 +267,7 @@ def _steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
+def build_model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
     """The initial weights depend on the seed alone: they are drawn on the CPU."""
     model = Decoder(config.model)
     model.init_weights(torch.Generator().manual_seed(mix(config.seed, 0) >> 1))
@@ -271,10 +276,12 @@ def _model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
     return model.to(runtime.device)
 
 
-def _stepper(model: Decoder, config: Config, runtime: Runtime, dtype: torch.dtype) -> Stepper:
+def build_stepper(
+    objective: Objective, layout: Layout, config: Config, runtime: Runtime, dtype: torch.dtype
+) -> Stepper:
     return Stepper(
-        objective=_wrap(model, config, runtime),
-        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
+        objective=parallelize(objective, objective.model.blocks, layout, config, runtime, dtype),
+        optimizer=build_optimizer(config.optimizer, objective.model.named_parameters()),
         runtime=runtime,
         division=divide(config.training, runtime.ranks),
         seed=config.seed,
@@ -283,16 +290,21 @@ def _stepper(model: Decoder, config: Config, runtime: Runtime, dtype: torch.dtyp
     )
 
 
-def _wrap(model: Decoder, config: Config, runtime: Runtime) -> nn.Module:
-    """Compile, then replicate."""
-    if config.training.compile:
-        for block in model.blocks:
-            block.compile()
-    objective: nn.Module = Objective(model)
-    if runtime.ranks > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        _REPLICATED.append(objective)
-    return objective.train()
+def take_over(
+    model: Decoder,
+    stepper: Stepper,
+    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Go on from whole weights and a whole optimizer state, by name, in whatever layout."""
+    parameters = model.state_dict()
+    for name, parameter in parameters.items():
+        local(parameter).copy_(local(divided_like(weights[name], parameter)))
+    parts = {}
+    for name, tensor in state.items():  # "<parameter>.<key>"
+        owner = parameters.get(name.rpartition(".")[0])
+        parts[name] = tensor if owner is None else divided_like(tensor, owner)
+    stepper.optimizer.load_named_state(parts)
 
 
 def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainState:
@@ -300,8 +312,7 @@ def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainStat
         return TrainState()
     weights = saved.tensors("model")
     check_weights(model, weights, saved.path)
-    model.load_state_dict(weights)
-    stepper.optimizer.load_named_state(saved.tensors("optimizer"))
+    take_over(model, stepper, weights, saved.tensors("optimizer"))
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])

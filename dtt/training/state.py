@@ -22,8 +22,11 @@ from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Meter, short_count
 from dtt.metrics.trackers import Tracker
 from dtt.model.decoder import Decoder, count_parameters
+from dtt.parallel.layout import Layout
+from dtt.parallel.shard import gathered, is_sharded
 from dtt.tokenizer import fingerprint
 from dtt.training.checkpoint import Checkpoints
+from dtt.training.objective import Objective
 from dtt.training.profile import StepProfiler
 from dtt.training.step import Stepper
 
@@ -47,8 +50,10 @@ class Run:
     config: Config
     folder: Path
     runtime: Runtime
+    layout: Layout
     corpora: Corpora
     model: Decoder
+    objective: Objective
     stepper: Stepper
     loader: Loader
     steps: int
@@ -65,7 +70,8 @@ class Run:
     """What a person says to go on with this run."""
 
     def save(self, best_loss: float | None = None) -> None:
-        """Save the state, on the rank that writes files."""
+        """Save the state, on the rank that writes files; all ranks must ask."""
+        tensors = self._tensors()
         if not self.runtime.is_main:
             return
         if self.metrics is not None:  # no step before a checkpoint may be missing there
@@ -82,7 +88,7 @@ class Run:
             "config.yaml": to_yaml(self.config).encode(),
             "tokenizer.json": self.corpora.tokenizer.to_json().encode(),
         }
-        self.checkpoints.save(self.state.step, self._tensors(), state, files, best_loss=best_loss)
+        self.checkpoints.save(self.state.step, tensors, state, files, best_loss=best_loss)
 
     def track(self, figures: Mapping[str, float | None]) -> None:
         """Show the figures of this step wherever curves are wanted."""
@@ -100,14 +106,19 @@ class Run:
 
     def reserve(self) -> None:
         """Get the memory for saving ready in the background; call it after the first step."""
-        if self.runtime.is_main:
+        if self.runtime.is_main and not is_sharded(self.objective):
             self.checkpoints.reserve(self._tensors())
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {
+        """Return the state by group and name: whole on the rank that writes files."""
+        groups = {
             "model": self.model.state_dict(),
             "optimizer": self.stepper.optimizer.named_state(),
         }
+        if not is_sharded(self.objective):
+            return groups
+        main = self.runtime.is_main
+        return {group: dict(gathered(tensors, main)) for group, tensors in groups.items()}
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -131,7 +142,7 @@ def announce(run: Run, precision: str) -> None:
         f"{m.dim}, {m.heads} heads, context {m.context}",
         "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
         f"{division.micro_batch_size} x {division.accumulation} forwards x "
-        f"{run.runtime.ranks} ranks",
+        f"{run.runtime.ranks} ranks" + f" ({run.layout})" * (run.layout.shard > 1),
         "device": f"{run.runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
         "length": f"{run.steps} steps, {run.steps / run.loader.steps_per_epoch:.2f} epochs; "
         f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",

@@ -12,24 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtt.data.loader import Batch
 from dtt.data.order import mix
-from dtt.data.windows import IGNORED
 from dtt.dist import Runtime
-from dtt.model.decoder import Decoder
-from dtt.model.loss import sum_cross_entropy
 from dtt.optim.build import Optimizers, clip_gradients
 from dtt.training.batching import Division
-
-
-class Objective(nn.Module):
-    """The summed loss of a micro-batch: what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-        hidden = self.model.hidden(tokens, positions).flatten(0, 1)
-        return sum_cross_entropy(hidden, self.model.head_weight, targets.flatten(), IGNORED)
 
 
 @dataclass(frozen=True)
@@ -75,8 +60,9 @@ class Stepper:
         positions = batch.positions
         if positions is not None:
             positions = positions.to(device, non_blocking=True)
-        # Backward averages over ranks (DDP), so each rank's share is scaled up by their number.
-        scale = self.runtime.ranks / batch.count
+        replicated = isinstance(self.objective, DistributedDataParallel)
+        # DDP averages over ranks, so each rank's share is scaled up by their number; others add up.
+        scale = (self.runtime.ranks if replicated else 1) / batch.count
         loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32)
         loss = loss.to(device)
         for index in range(self.division.accumulation):

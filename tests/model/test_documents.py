@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_decoder import STYLES, decoder, random_tokens
 
-from dtt.evaluation import sum_loss
+from dtt.training.objective import Objective
 
 LENGTHS = (9, 1, 4, 10)
 
@@ -15,8 +15,10 @@ def separate_and_together(model) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, targets = random_tokens(1, 24), random_tokens(1, 24).flip(1)
     edges = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    parts = [sum_loss(model, tokens[:, a:b], targets[:, a:b]) for a, b in itertools.pairwise(edges)]
-    return torch.stack(parts).sum(), sum_loss(model, tokens, targets, positions)
+    parts = [
+        Objective(model)(tokens[:, a:b], targets[:, a:b]) for a, b in itertools.pairwise(edges)
+    ]
+    return torch.stack(parts).sum(), Objective(model)(tokens, targets, positions)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -37,7 +39,7 @@ def test_documents_that_are_joined_see_each_other():
     model = decoder(init_std=0.2)
     tokens, targets = random_tokens(1, 24), random_tokens(1, 24).flip(1)
     _apart, together = separate_and_together(model)
-    assert abs((sum_loss(model, tokens, targets) - together).item()) > 1e-2
+    assert abs((Objective(model)(tokens, targets) - together).item()) > 1e-2
 
 
 def test_isolated_documents_with_dropout_take_the_same_mask():

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dtt.config.load import load_config
 from dtt.config.schema import Config
@@ -30,9 +29,13 @@ from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
 from dtt.model.decoder import Decoder
 from dtt.optim.build import build_optimizer
+from dtt.parallel.apply import parallelize
+from dtt.parallel.layout import resolve
+from dtt.parallel.shard import whole
 from dtt.training.batching import divide
+from dtt.training.objective import Objective
 from dtt.training.saved import open_checkpoint
-from dtt.training.step import Objective, Stepper, StepResult
+from dtt.training.step import Stepper, StepResult
 
 WORDS = ("the", "a", "cat", "dog", "bird", "saw", "heard", "ran", "to", "from", "big", "small")
 STEPS = 24
@@ -162,8 +165,9 @@ def step_on_rank(
     runtime = connect(Place(rank, ranks, rank, ranks, "test"), "cpu", 1)
     stepper = build_stepper(small_config(settings), runtime)
     result = stepper.step(documents_batch(rank, ranks), 0, stop=rank == 1)
+    found = named_results(stepper, result)
     if runtime.is_main:
-        save_file(named_results(stepper, result), folder / "gradients.safetensors")
+        save_file(found, folder / "gradients.safetensors")
     runtime.close()
     leave(0)
 
@@ -173,11 +177,10 @@ def build_stepper(config: Config, runtime: Runtime) -> Stepper:
     settings = config.model.model_copy(update={"vocab_size": 64})
     model = Decoder(settings)
     model.init_weights(torch.Generator().manual_seed(0))
-    objective: torch.nn.Module = Objective(model)
-    if runtime.ranks > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    model.recompute_blocks = config.training.gradient_checkpointing
+    layout, dtype = resolve(config.parallel, runtime.ranks), torch.float32
     return Stepper(
-        objective=objective.train(),
+        objective=parallelize(Objective(model), model.blocks, layout, config, runtime, dtype),
         optimizer=build_optimizer(config.optimizer, model.named_parameters()),
         runtime=runtime,
         division=divide(config.training, runtime.ranks),
@@ -216,7 +219,7 @@ def documents_batch(rank: int = 0, ranks: int = 1) -> Batch:
 def named_results(stepper: Stepper, result: StepResult) -> dict[str, Tensor]:
     """Gradients by parameter, and what the step returned."""
     gradients = {
-        name.removeprefix("module."): parameter.grad.clone()
+        name.removeprefix("module."): whole(parameter.grad).clone()
         for name, parameter in stepper.objective.named_parameters()
         if parameter.grad is not None
     }

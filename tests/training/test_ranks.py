@@ -83,6 +83,57 @@ def test_ranks_and_accumulation_give_the_same_gradients(
         assert error <= 1e-6, f"{name}: {error:.2g}"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "micro", "settings"),
+    [
+        (2, "4", {"parallel.shard": "2"}),
+        (2, "2", {"parallel.shard": "-1", "parallel.reshard": "false"}),
+        (4, "2", {"parallel.shard": "2"}),  # HSDP
+        (4, "1", {"parallel.shard": "4", "model.tied_head": "true", "model.kv_heads": "2"}),
+        (2, "4", {"parallel.shard": "2", "training.gradient_checkpointing": "true"}),
+    ],
+)
+def test_divided_parameters_give_the_same_gradients(
+    tmp_path: Path, ranks: int, micro: str, settings: dict[str, str]
+) -> None:
+    settings = settings | {"model.dropout": "0", "training.micro_batch_size": micro}
+    found = gradients(tmp_path, ranks, settings)
+    alone = {key: value for key, value in settings.items() if not key.startswith("parallel")}
+    expected = gradients(tmp_path, 1, alone | {"training.micro_batch_size": "8"})
+    assert found.keys() == expected.keys() and len(found) > 10
+    del found["totals"], expected["totals"]
+    for name, theirs in expected.items():
+        error = float((found[name] - theirs).norm() / theirs.norm())
+        assert error <= 1e-6, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_goes_on_from_one_layout_to_another(folder: Path, optimizer: str) -> None:
+    """Divided among 4, replicated on 2, divided among 2, on one: the losses are one run's."""
+    common = {
+        "model.dropout": "0",
+        "optimizer.name": optimizer,
+        "training.micro_batch_size": "2",
+        "schedule.name": "constant",
+        "schedule.warmup_steps": "2",
+        "checkpoint.every": "0",
+    }
+    alone = command(folder, ["train", *flags(common | {"name": "alone"})])
+    assert (alone.code, alone.err) == (0, "")
+    layouts = [("4", "2"), ("2", "1"), ("2", "2"), ("1", "1")]
+    for number, (ranks, shard) in enumerate(layouts, 1):
+        changes = {
+            "parallel.world_size": ranks,
+            "parallel.shard": shard,
+            "training.max_steps": str(STEPS * number // len(layouts)),
+        }
+        done = command(folder, ["train", *flags(common | changes)])
+        assert (done.code, done.err) == (0, ""), done.err
+    one, several = losses(Path("runs/alone")), losses(Path("runs/small"))
+    assert one.keys() == several.keys()
+    assert list(one.values()) == pytest.approx(list(several.values()), rel=1e-4)
+
+
 def test_a_run_on_two_ranks_is_that_with_two_forwards(
     folder: Path, uninterrupted: Uninterrupted
 ) -> None:
