@@ -29,6 +29,8 @@ KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_en
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 # A white-space character between two others. GPT-2's pre-tokenizer always cuts before one.
 BETWEEN_WORDS = re.compile(r"(?<=\S)\s(?=\S)")
+OWN = re.compile(r'\s*\{\s*"dtt"\s*:')
+"""How the file of a kind of tokenizer that is dtt's own begins."""
 SLICE = 1 << 18
 """Characters that `tokenizers` is given at a time: it needs about 160 bytes for each."""
 
@@ -105,29 +107,26 @@ class BpeTokenizer:
     in slices of SLICE characters cut between words.
     """
 
-    def __init__(
-        self, text: str, end_of_text: str | None = None, parsed: dict[str, Any] | None = None
-    ) -> None:
-        """`text` is a tokenizer.json, `parsed` what it says if that is known: a tenth of a second
-        for 50,000 tokens."""
-        from tokenizers import Tokenizer as HuggingFaceTokenizer
+    def __init__(self, text: str, end_of_text: str | None = None, inner: Any = None) -> None:
+        """`text` is a tokenizer.json; `inner` what `tokenizers` makes of it, if that is there."""
+        if inner is None:
+            from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-        self._json = text
-        self._parsed = data = parsed or json.loads(text)
-        self._inner = HuggingFaceTokenizer.from_str(text)
-        self._inner.encode_special_tokens = True
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        names = self._inner.get_vocab(with_added_tokens=True)
+            inner = HuggingFaceTokenizer.from_str(text)
+        self._json, self._inner = text, inner
+        inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
+        names = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(names.values()) + 1
         self.end_of_text = _find_end(names, end_of_text)
-        unknown = data["model"].get("unk_token")
+        unknown = getattr(inner.model, "unk_token", None)
         self.unknown: int | None = names.get(unknown) if unknown else None
 
     @cached_property
     def _fast(self) -> Any | None:
         """The same tokenizer for tiktoken, made when it is first needed; None if there is none."""
-        return _tiktoken_encoding(self._parsed)
+        return _tiktoken_encoding(json.loads(self._json))
 
     def encode(self, text: str) -> Ids:
         if self._fast is not None:
@@ -173,7 +172,7 @@ def train_bpe(
     )
     slices = (part for document in documents for part in slices_of(document))
     inner.train_from_iterator(slices, trainer)
-    return BpeTokenizer(inner.to_str(), special_tokens[0])
+    return BpeTokenizer(inner.to_str(), special_tokens[0], inner)
 
 
 def slices_of(text: str, size: int = SLICE) -> Iterator[str]:
@@ -210,23 +209,28 @@ def parse_tokenizer(text: str, where: str, end_of_text: str | None = None) -> To
 def _parsed(text: str, end_of_text: str | None) -> Tokenizer:
     """Half a second for 50,000 tokens, which preparing a corpus needs three times. ValueError if it
     is not one."""
-    try:
+    if OWN.match(text):
         data = json.loads(text)
-    except ValueError:
-        raise ValueError("no valid JSON") from None
-    kind = data.get("dtt") if isinstance(data, dict) else None
-    if kind == "char" and isinstance(data.get("alphabet"), str):
-        return CharTokenizer(data["alphabet"])
-    if kind == "byte":
-        return ByteTokenizer()
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise ValueError("it has no `model`")
+        if data["dtt"] == "char" and isinstance(data.get("alphabet"), str):
+            return CharTokenizer(data["alphabet"])
+        if data["dtt"] == "byte":
+            return ByteTokenizer()
     try:
-        return BpeTokenizer(text, end_of_text, data)
+        return BpeTokenizer(text, end_of_text)
     except DataError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for every malformed file
-        raise ValueError(str(error)) from None
+        raise ValueError(_why_not(text) or str(error)) from None
+
+
+def _why_not(text: str) -> str | None:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return "no valid JSON"
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        return "it has no `model`"
+    return None
 
 
 def load_tokenizer(path: Path, end_of_text: str | None = None) -> Tokenizer:
