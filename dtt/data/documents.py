@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-PART_BYTES = 2 << 20
+PART_BYTES = 1 << 20
 """Text that a worker reads at a time, about, and at least..."""
 LARGEST_PART = 64 << 20
 MANY_PARTS = 4000

@@ -41,10 +41,10 @@ Files = dict[str, str]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 11 MB, which are six parts."""
+    """About 5.5 MB, which are six parts."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     line = "a long line of text, and another one, and so on, until it has gone on for long enough. "
-    path.write_text("END".join(f"{number} {line * 230}" for number in range(550)))
+    path.write_text("END".join(f"{number} {line * 57}" for number in range(1100)))
     return path
 
 

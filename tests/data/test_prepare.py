@@ -334,6 +334,6 @@ def test_parts_of_another_size_are_not_mixed(tmp_path, monkeypatch):
 
 
 def test_a_large_corpus_has_larger_parts():
-    assert part_bytes(10**6) == part_bytes(8 * 10**9) == 2 << 20
+    assert part_bytes(10**6) == part_bytes(4 * 10**9) == 1 << 20
     assert part_bytes(40 * 10**9) == 10**7
     assert part_bytes(10**13) == 64 << 20
