@@ -200,7 +200,7 @@ def evaluate_command(
             f"{loaded.corpus}",
             "restore the text that it was trained on",
         )
-    runtime = Runtime(Place(), loaded.model.embed.weight.device)
+    runtime = Runtime(Place(), loaded.model.head_weight.device)
     begun = time.perf_counter()
     result, parts = evaluate(
         Objective(loaded.model),

@@ -85,7 +85,7 @@ def stream_tokens(
     on the other rows. When a row fills the context, the newest half of it is read again, and
     generation goes on.
     """
-    device, limit = model.embed.weight.device, model.settings.context
+    device, limit = model.head_weight.device, model.settings.context
     rows = [list(prompt)[-limit:] for prompt in prompts]
     draws = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
     ended = [False] * len(rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,8 @@ from dtt.config.model import Model
 from dtt.model.cpu_attention import blocked_attention
 from dtt.model.layers import Linear, RMSNorm
 from dtt.model.positions import rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 
 class Cache:
@@ -86,15 +91,54 @@ def document_mask(positions: Tensor, window: int | None) -> Tensor:
     return visible(columns[:, None], columns, window) & (columns >= first)
 
 
+def causal_mask(
+    length: int,
+    device: torch.device,
+    positions: Tensor | None,
+    cache: Cache | None,
+    window: int | None,
+) -> Tensor | None:
+    """Return what `length` new tokens see, for `attend`; None: themselves and all before."""
+    if cache is not None:
+        return cache.mask(length, window)
+    if positions is not None:
+        return document_mask(positions, window)
+    if window is None or window >= length:
+        return None
+    places = torch.arange(length, device=device)
+    return visible(places[:, None], places, window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Return softmax attention [B, heads, Q, width] of the queries of the last Q of T keys.
+
+    `mask` [B or 1, 1, Q, T] is true where a query sees a key; None: itself and all before. k and v
+    may have fewer, shared heads.
+    """
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and length > 1 and not dropout:
+        return blocked_attention(q, k, v, mask)
+    bias: Any = mask
+    if mask is None and 1 < length < k.shape[2]:
+        from torch.nn.attention.bias import causal_lower_right  # a second, for what few need
+
+        bias = causal_lower_right(length, k.shape[2])
+    square = mask is None and length == k.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, square, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
-    """Softmax attention over the tokens before, with rotary positions where the model has them."""
+    """Softmax attention over the tokens before, with rotary positions where the model has them.
+
+    `attend` is the function of queries, keys and values, which what divides sequences replaces.
+    """
 
     def __init__(self, settings: Model, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.window = settings.window
         self.width = settings.head_dim or settings.dim // settings.heads
-        self.grouped = (settings.kv_heads or settings.heads) != settings.heads
+        self.attend: Attend = attend
         self.dropout = settings.dropout
         inner, kv_inner = (
             self.width * settings.heads,
@@ -122,13 +166,5 @@ class Attention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        causal = mask is None and length > 1
-        first = cache is None or (causal and cache.length == 0)
-        if q.device.type == "cpu" and first and not dropout:
-            y = blocked_attention(q, k, v, mask)
-        else:
-            y = F.scaled_dot_product_attention(
-                q.to(k.dtype), k, v, mask, dropout, causal, enable_gqa=self.grouped
-            )
+        y = self.attend(q.to(k.dtype), k, v, mask, self.dropout if self.training else 0.0)
         return self.out(y.to(x.dtype).transpose(1, 2).reshape(batch, length, -1))

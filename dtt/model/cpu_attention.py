@@ -17,66 +17,69 @@ BLOCK = 256
 
 
 class BlockedAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(width) + causal mask) V for q, k, v [N, T, width], one N per head.
+    """softmax(Q K^T / sqrt(width) + causal mask) V for q [N, Q, width] and k, v [N, T, width].
 
-    `hidden` [B or 1, 1, T, T] says what else a query does not see; heads of one row of the batch
-    follow each other in N. Keeps the probabilities for the backward pass: N x T^2 / 2 numbers.
+    There is one N per head, and the queries are those of the last Q keys. `hidden` [B or 1, 1, Q,
+    T] says what else a query does not see; heads of one row of the batch follow each other in N.
+    Keeps the probabilities for the backward pass: up to N x Q x T numbers.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-        length, scale = q.shape[1], q.shape[2] ** -0.5
+        length, before, scale = q.shape[1], k.shape[1] - q.shape[1], q.shape[2] ** -0.5
         kept, out = [], []
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
-            mask = _future(stop - start, stop, q.dtype)
-            keys = k[:, :stop].transpose(1, 2)
+            seen = before + stop
+            mask = _future(stop - start, seen, q.dtype)
+            keys = k[:, :seen].transpose(1, 2)
             scores = torch.baddbmm(mask, q[:, start:stop], keys, alpha=scale)
             if hidden is not None:
-                heads = scores.view(len(hidden), -1, stop - start, stop)
-                heads.masked_fill_(hidden[:, :, start:stop, :stop], float("-inf"))
+                heads = scores.view(len(hidden), -1, stop - start, seen)
+                heads.masked_fill_(hidden[:, :, start:stop, :seen], float("-inf"))
             weights = torch.softmax(scores, -1)
             kept.append(weights)
-            out.append(torch.bmm(weights, v[:, :stop]))
+            out.append(torch.bmm(weights, v[:, :seen]))
         ctx.save_for_backward(q, k, v, *kept)
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *kept = ctx.saved_tensors
-        length, scale = q.shape[1], q.shape[2] ** -0.5
+        total, scale = k.shape[1], q.shape[2] ** -0.5
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         # From the last block, which sees all keys, so that it fills dk and dv and others add.
         for index in reversed(range(len(kept))):
             weights = kept[index]
-            start, stop = index * BLOCK, weights.shape[2]
+            start, seen = index * BLOCK, weights.shape[2]
+            stop = start + weights.shape[1]
             part = grad[:, start:stop]
-            dweights = torch.bmm(part, v[:, :stop].transpose(1, 2))
+            dweights = torch.bmm(part, v[:, :seen].transpose(1, 2))
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dscores *= scale
-            dq[:, start:stop] = torch.bmm(dscores, k[:, :stop])
+            dq[:, start:stop] = torch.bmm(dscores, k[:, :seen])
             dk_part = torch.bmm(dscores.transpose(1, 2), q[:, start:stop])
             dv_part = torch.bmm(weights.transpose(1, 2), part)
-            if stop == length:
+            if seen == total:
                 dk.copy_(dk_part)
                 dv.copy_(dv_part)
             else:
-                dk[:, :stop] += dk_part
-                dv[:, :stop] += dv_part
+                dk[:, :seen] += dk_part
+                dv[:, :seen] += dv_part
         return dq, dk, dv, None
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return causal attention [B, heads, T, width]; k and v may have fewer, shared heads.
+    """Return causal attention [B, heads, Q, width] of the queries of the last Q of T keys.
 
-    `mask`, which broadcasts to [B, 1, T, T], is true where a query sees a key; every query sees
-    itself.
+    k and v may have fewer, shared heads. `mask`, which broadcasts to [B, 1, Q, T], is true where a
+    query sees a key; every query sees itself.
     """
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.reshape(batch * heads, length, width) for x in (q, k, v))
-    hidden = None if mask is None else ~mask.view(-1, 1, length, length)
+    q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
+    hidden = None if mask is None else ~mask.view(-1, 1, length, k.shape[1])
     y: Tensor = BlockedAttention.apply(q, k, v, hidden)  # type: ignore[no-untyped-call]
     return y.view(batch, heads, length, width)
 

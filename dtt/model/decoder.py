@@ -5,15 +5,20 @@ It is single-device code: no rank, mesh or process group in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtt.config.model import Learned, Model, Rotary
-from dtt.model.attention import Attention, Cache, document_mask, visible
+from dtt.model.attention import Attention, Cache, causal_mask
 from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from dtt.model.positions import rotation_table
+
+MaskOf = Callable[[int, torch.device, Tensor | None, Cache | None, int | None], Any]
 
 
 def _norm(settings: Model) -> nn.Module:
@@ -55,12 +60,22 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+class Absent(nn.Module):
+    """A block that another part of the model has."""
+
+    def forward(
+        self, x: Tensor, table: Tensor | None, cache: Cache | None, mask: Tensor | None
+    ) -> Tensor:
+        return x
+
+
 class Decoder(nn.Module):
     """Tokens [B, T] to logits [B, T, vocabulary].
 
     Matrix products are computed in `compute_dtype`, the residual stream in fp32, as under autocast:
     a bf16 residual stream is no faster and gives gradients that are 15% off (docs/log.md).
-    Parts: embed, blocks, norm, head (absent when it is the embedding).
+    Parts: embed, blocks, norm, head (absent when it is the embedding). `keep_part` leaves a model
+    some of them. `mask_of` says what each token sees, and is replaced by what divides sequences.
     """
 
     def __init__(self, settings: Model) -> None:
@@ -70,11 +85,12 @@ class Decoder(nn.Module):
         self.settings = settings
         self.compute_dtype = torch.float32
         self.recompute_blocks = False
-        self.embed = nn.Embedding(settings.vocab_size, settings.dim)
+        self.mask_of: MaskOf = causal_mask
+        self.embed: nn.Embedding | None = nn.Embedding(settings.vocab_size, settings.dim)
         learned = isinstance(settings.positions, Learned)
         self.position_embed = nn.Embedding(settings.context, settings.dim) if learned else None
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
-        self.norm = _norm(settings)
+        self.norm: nn.Module | None = _norm(settings)
         self.head = (
             None if settings.tied_head else Linear(settings.dim, settings.vocab_size, bias=False)
         )
@@ -84,8 +100,8 @@ class Decoder(nn.Module):
         """Set the type of matrix products; parameters stay as they are."""
         self.compute_dtype = dtype
         for block in self.blocks:
-            assert isinstance(block, Block)
-            block.compute_dtype = dtype
+            if isinstance(block, Block):
+                block.compute_dtype = dtype
         return self
 
     def for_generation(self, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -104,7 +120,9 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [vocabulary, dim]."""
-        return self.embed.weight if self.head is None else self.head.weight
+        found = self.embed if self.head is None else self.head
+        assert found is not None, "a part without a head"
+        return found.weight
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter: normal with init_std, residual outputs scaled by 1/sqrt(2 layers)
@@ -118,6 +136,22 @@ class Decoder(nn.Module):
             scale = (2 * self.settings.layers) ** -0.5 if residual else 1.0
             nn.init.normal_(parameter, 0.0, std * scale, generator=generator)
 
+    def keep_part(self, blocks: range, first: bool, last: bool) -> Decoder:
+        """Keep some blocks, with the embedding if they are the first and the head if the last.
+
+        What is left has the names that it had. `hidden` of a part that is not the first takes the
+        residual stream [B, T, dim] of the part before in the place of tokens, and of one that is
+        not the last returns it.
+        """
+        for index in range(len(self.blocks)):
+            if index not in blocks:
+                self.blocks[index] = Absent()
+        if not first:
+            self.embed = self.position_embed = None
+        if not last:
+            self.norm = self.head = None
+        return self
+
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
@@ -126,18 +160,12 @@ class Decoder(nn.Module):
         `positions` [B, T] are places in documents: a token sees back to place 0 of its own, so
         that documents in one row do not see each other. Without them a row is one text.
         """
-        length = tokens.shape[1]
-        mask = self._mask(length, tokens.device, positions, cache)
+        length, device = tokens.shape[1], tokens.device
+        mask = self.mask_of(length, device, positions, cache, self.settings.window)
         if cache is not None and positions is None:
             positions = cache.positions(length)
-        x = F.embedding(tokens, self.embed.weight)
-        if self.position_embed is not None:
-            table = self.position_embed.weight
-            x = x + (table[:length] if positions is None else F.embedding(positions, table))
-        x = x.float()
-        if self.settings.dropout and self.training:
-            x = F.dropout(x, self.settings.dropout)
-        rotation = self._rotation(length, positions, tokens.device)
+        x = tokens if self.embed is None else self._embedded(self.embed, tokens, positions)
+        rotation = self._rotation(length, positions, device)
         for block in self.blocks:
             if self.recompute_blocks and self.training:
                 x = checkpoint(block, x, rotation, cache, mask, use_reentrant=False)
@@ -145,8 +173,16 @@ class Decoder(nn.Module):
                 x = block(x, rotation, cache, mask)
         if cache is not None:
             cache.length += length
-        normed: Tensor = self.norm(x).to(self.compute_dtype)
-        return normed
+        return x if self.norm is None else self.norm(x).to(self.compute_dtype)
+
+    def _embedded(self, embed: nn.Embedding, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        x = embed(tokens)
+        if self.position_embed is not None:
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.position_embed(positions)
+        x = x.float()
+        return F.dropout(x, self.settings.dropout, self.training) if self.settings.dropout else x
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
@@ -159,19 +195,6 @@ class Decoder(nn.Module):
         """Return the logits [B, vocabulary] behind the last of `tokens`, which join the cache."""
         x = self.hidden(tokens, cache=cache)[:, -1]
         return F.linear(x, self.head_weight.to(x.dtype))
-
-    def _mask(
-        self, length: int, device: torch.device, positions: Tensor | None, cache: Cache | None
-    ) -> Tensor | None:
-        window = self.settings.window
-        if cache is not None:
-            return cache.mask(length, window)
-        if positions is not None:
-            return document_mask(positions, window)
-        if window is None or window >= length:
-            return None
-        places = torch.arange(length, device=device)
-        return visible(places[:, None], places, window)
 
     def _rotation(
         self, length: int, positions: Tensor | None, device: torch.device
