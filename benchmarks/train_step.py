@@ -38,10 +38,11 @@ from dtt.data.shards import FORMAT, Manifest, TokenStream, write_shard
 from dtt.data.windows import ContiguousWindows
 from dtt.dist import Place, start
 from dtt.model.decoder import Decoder
+from dtt.model.objective import Objective
 from dtt.optim.build import build_optimizer
+from dtt.parallel.model import ParallelModel
 from dtt.precision import choose_precision
 from dtt.training.batching import Division
-from dtt.training.objective import Objective
 from dtt.training.step import Stepper
 
 STREAM = 1_000_000
@@ -71,7 +72,7 @@ def dtt_stepper(
         for block in model.blocks:
             block.compile()
     stepper = Stepper(
-        objective=Objective(model).train(),
+        model=ParallelModel.alone(Objective(model).train(), runtime),
         optimizer=build_optimizer(AdamW(), model.named_parameters()),
         runtime=runtime,
         division=Division(shape.batch, 1),

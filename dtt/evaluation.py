@@ -21,9 +21,9 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime
 from dtt.errors import EXIT_DONE, ConfigError, DataError
 from dtt.metrics.loggers import perplexity
-from dtt.parallel.shard import is_sharded
+from dtt.model.objective import Objective
+from dtt.parallel.model import ParallelModel
 from dtt.training.load import load_run
-from dtt.training.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,9 @@ def _total(values: Tensor, runtime: Runtime) -> Tensor:
 
 
 def evaluate(
-    objective: Objective,
+    model: ParallelModel,
     corpora: Corpora,
     split: str,
-    runtime: Runtime,
     *,
     batch_size: int,
     stride: int | None = None,
@@ -76,16 +75,16 @@ def evaluate(
     divide the windows; each may have one batch less than another. The figures of a mixture are
     those of its corpora in their shares of the training tokens.
     """
-    was_training = objective.training
-    objective.eval()
-    context = objective.model.settings.context
+    was_training = model.training
+    model.set_training(False)
+    batch_size = model.pipeline.rows if model.pipeline is not None else batch_size
     found = {}
     for portion in corpora.portions:
-        batches = _batches(
-            corpora, portion, split, runtime, context, batch_size, stride, max_tokens
-        )
-        found[portion.name] = _measure(objective, portion, split, runtime, batches)
-    objective.train(was_training)
+        batches = _batches(corpora, portion, split, model, batch_size, stride, max_tokens)
+        if not model.is_whole:
+            batches = _in_step(batches, model, batch_size)
+        found[portion.name] = _measure(model, portion, split, batches)
+    model.set_training(was_training)
     if not corpora.data.mixture:
         return found[""], {}
     return _mixed([(p.share, found[p.name]) for p in corpora.portions]), found
@@ -95,8 +94,7 @@ def _batches(
     corpora: Corpora,
     portion: Portion,
     split: str,
-    runtime: Runtime,
-    context: int,
+    model: ParallelModel,
     batch_size: int,
     stride: int | None,
     max_tokens: int | None,
@@ -104,7 +102,9 @@ def _batches(
     stream = portion.corpus.stream(split)
     if len(stream) < 2:
         raise DataError(f"the {split} split has no tokens", "prepare it with another data.split")
-    rank, ranks, isolate = runtime.rank, runtime.ranks, corpora.isolate(portion, context)
+    context, layout = model.settings.context, model.layout
+    rank, ranks = layout.data_rank(model.mesh.runtime.rank), layout.data
+    isolate = corpora.isolate(portion, context)
     if stride is None and corpora.packing(portion, context) == "best-fit":
         windows = PackedWindows(stream, context, isolate)
         return packed_batches(windows, batch_size, max_tokens, rank, ranks)
@@ -114,21 +114,15 @@ def _batches(
 
 
 def _measure(
-    objective: Objective,
-    portion: Portion,
-    split: str,
-    runtime: Runtime,
-    batches: Iterable[Batch],
+    model: ParallelModel, portion: Portion, split: str, batches: Iterable[Batch]
 ) -> Evaluation:
-    totals = torch.zeros(2, dtype=torch.float64)
-    if is_sharded(objective):
-        batches = _in_step(batches, runtime)
-    with torch.no_grad():
-        for batch in batches:
-            tokens, targets = batch.tokens.to(runtime.device), batch.targets.to(runtime.device)
-            places = None if batch.positions is None else batch.positions.to(runtime.device)
-            totals[0] += objective(tokens, targets, places).cpu().double()
-            totals[1] += batch.count
+    totals, runtime = torch.zeros(2, dtype=torch.float64), model.mesh.runtime
+    for batch in batches:
+        given = {"targets": batch.targets.to(runtime.device)}
+        if batch.positions is not None:
+            given["positions"] = batch.positions.to(runtime.device)
+        totals[0] += model.loss(batch.tokens.to(runtime.device), given).cpu().double()
+        totals[1] += batch.count if model.counts_data else 0
     nats, count = (float(x) for x in _total(totals, runtime))
     manifest = portion.corpus.manifest
     # Bytes per token of the whole split, also where only a part of it was evaluated.
@@ -143,16 +137,27 @@ def _measure(
     )
 
 
-def _in_step(batches: Iterable[Batch], runtime: Runtime) -> Iterator[Batch]:
-    """Yield a rank's batches, and then ones without targets until no rank has any left."""
-    one = torch.zeros(1, 1, dtype=torch.int64)
-    empty = Batch(one, torch.full_like(one, IGNORED), None, 0, ())
-    own = iter(batches)
+def _in_step(batches: Iterable[Batch], model: ParallelModel, rows: int) -> Iterator[Batch]:
+    """Yield a rank's batches, padded to one shape, and then ones without targets until no rank has
+    any left."""
+    shape = rows, model.settings.context
+    own, with_positions = iter(batches), False
     while True:
         batch = next(own, None)
-        if not _total(torch.tensor([batch is not None], dtype=torch.float64), runtime).item():
+        with_positions |= batch is not None and batch.positions is not None
+        left = torch.tensor([batch is not None, with_positions], dtype=torch.float64)
+        left = _total(left, model.mesh.runtime)
+        if not left[0]:
             return
-        yield batch or empty
+        tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+        positions = torch.arange(shape[1]).repeat(rows, 1)
+        if batch is not None:
+            place = (slice(len(batch.tokens)), slice(batch.tokens.shape[1]))
+            tokens[place], targets[place] = batch.tokens, batch.targets
+            if batch.positions is not None:
+                positions[place] = batch.positions
+        count = 0 if batch is None else batch.count
+        yield Batch(tokens, targets, positions if left[1] else None, count, ())
 
 
 def _mixed(parts: list[tuple[float, Evaluation]]) -> Evaluation:
@@ -203,10 +208,9 @@ def evaluate_command(
     runtime = Runtime(Place(), loaded.model.head_weight.device)
     begun = time.perf_counter()
     result, parts = evaluate(
-        Objective(loaded.model),
+        ParallelModel.alone(Objective(loaded.model), runtime),
         corpora,
         split,
-        runtime,
         batch_size=batch_size or config.evaluation.batch_size or config.training.batch_size,
         stride=stride,
         max_tokens=max_tokens,

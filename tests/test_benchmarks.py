@@ -68,7 +68,7 @@ def test_equal_weights_give_the_reference_the_loss_of_dtt(
     bench: dict[str, ModuleType], bias: bool
 ) -> None:
     from dtt.model.decoder import Decoder
-    from dtt.training.objective import Objective
+    from dtt.model.objective import Objective
 
     shape = replace(bench["shapes"].QUICK, bias=bias)
     ours, theirs = Decoder(shape.settings()), bench["reference"].GPT(shape)

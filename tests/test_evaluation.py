@@ -25,8 +25,11 @@ from dtt.dist import Place, Runtime
 from dtt.errors import ConfigError, DataError
 from dtt.evaluation import Evaluation, evaluate_command
 from dtt.model.decoder import Decoder
+from dtt.model.objective import Objective
+from dtt.parallel.layout import Layout
+from dtt.parallel.mesh import Mesh
+from dtt.parallel.model import ParallelModel
 from dtt.training.load import LoadedRun
-from dtt.training.objective import Objective
 
 CONTEXT = 16
 ALONE = Runtime(Place(), torch.device("cpu"))
@@ -58,10 +61,17 @@ def decoder(corpus: Corpus, **settings: Any) -> Decoder:
     return model.eval()
 
 
-def evaluate(model: Decoder, corpus: Corpus, *rest: Any, **settings: Any) -> Evaluation:
+def of_rank(model: Decoder, runtime: Runtime = ALONE) -> ParallelModel:
+    layout = Layout(replicate=runtime.ranks)
+    return ParallelModel([Objective(model)], Mesh(layout, runtime))
+
+
+def evaluate(
+    model: Decoder, corpus: Corpus, split: str, runtime: Runtime = ALONE, **settings: Any
+) -> Evaluation:
     """The figures of one corpus, windows following each other."""
     corpora = Corpora(Data(packing="contiguous"), (Portion("", corpus, 1.0),))
-    result, parts = module.evaluate(Objective(model), corpora, *rest, **settings)
+    result, parts = module.evaluate(of_rank(model, runtime), corpora, split, **settings)
     assert parts == {}
     return result
 
@@ -86,7 +96,7 @@ def test_the_whole_split_is_the_sum_of_its_windows(corpus: Corpus) -> None:
         nats_of(model, tokens, start, start, min(start + CONTEXT, count))
         for start in range(0, count, CONTEXT)
     )
-    found = evaluate(model, corpus, "val", ALONE, batch_size=4)
+    found = evaluate(model, corpus, "val", batch_size=4)
     assert found.tokens == count == corpus.manifest.total("val", "tokens")
     assert found.loss == pytest.approx(nats / count, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
@@ -105,7 +115,7 @@ def test_windows_that_overlap_give_every_target_more_text_before_it(corpus: Corp
     for start in range(CONTEXT, count, stride):
         stop = min(start + stride, count)
         nats += nats_of(model, tokens, start + stride - CONTEXT, start, stop)
-    found = evaluate(model, corpus, "val", ALONE, batch_size=3, stride=stride)
+    found = evaluate(model, corpus, "val", batch_size=3, stride=stride)
     assert found.tokens == count
     assert found.loss == pytest.approx(nats / count, rel=1e-6)
 
@@ -114,7 +124,7 @@ def test_windows_that_overlap_give_every_target_more_text_before_it(corpus: Corp
 def test_the_size_of_a_batch_does_not_matter(corpus: Corpus, stride: int | None) -> None:
     model = decoder(corpus)
     found = [
-        evaluate(model, corpus, "val", ALONE, batch_size=size, stride=stride, max_tokens=150)
+        evaluate(model, corpus, "val", batch_size=size, stride=stride, max_tokens=150)
         for size in (1, 3, 1000)
     ]
     assert {result.tokens for result in found} == {150}
@@ -136,7 +146,7 @@ class OneOfSeveral(Runtime):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_together_see_what_one_sees(corpus: Corpus, ranks: int) -> None:
     model, cpu = decoder(corpus), torch.device("cpu")
-    alone = evaluate(model, corpus, "val", ALONE, batch_size=4)
+    alone = evaluate(model, corpus, "val", batch_size=4)
     members = [OneOfSeveral(Place(rank, ranks), cpu) for rank in range(ranks)]
     for member in members:
         evaluate(model, corpus, "val", member, batch_size=4)
@@ -147,7 +157,7 @@ def test_ranks_together_see_what_one_sees(corpus: Corpus, ranks: int) -> None:
 
 def test_a_part_of_a_split_has_the_bytes_per_token_of_the_whole(corpus: Corpus) -> None:
     model, manifest = decoder(corpus), corpus.manifest
-    found = evaluate(model, corpus, "train", ALONE, batch_size=4, max_tokens=100)
+    found = evaluate(model, corpus, "train", batch_size=4, max_tokens=100)
     assert found.tokens == 100
     per_token = manifest.total("train", "bytes") / manifest.total("train", "tokens")
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / per_token, rel=1e-9)
@@ -156,21 +166,21 @@ def test_a_part_of_a_split_has_the_bytes_per_token_of_the_whole(corpus: Corpus) 
 def test_a_model_that_knows_nothing_pays_for_every_token_alike(corpus: Corpus) -> None:
     model = decoder(corpus)
     torch.nn.init.zeros_(model.head_weight)
-    found = evaluate(model, corpus, "val", ALONE, batch_size=4)
+    found = evaluate(model, corpus, "val", batch_size=4)
     assert found.loss == pytest.approx(math.log(corpus.manifest.vocab_size), rel=1e-6)
 
 
 def test_dropout_is_off_and_the_model_comes_back_in_its_mode(corpus: Corpus) -> None:
     model = decoder(corpus, dropout=0.5).train()
-    found = evaluate(model, corpus, "val", ALONE, batch_size=4)
+    found = evaluate(model, corpus, "val", batch_size=4)
     assert model.training
-    assert found == evaluate(decoder(corpus), corpus, "val", ALONE, batch_size=4)
+    assert found == evaluate(decoder(corpus), corpus, "val", batch_size=4)
 
 
 def test_tales_have_a_floor(folder: Path) -> None:
     settings = Data(source=Tales(stories=40), dir=folder / "data", val_fraction=0.2, workers=1)
     corpus = prepare(settings, Byte())
-    found = evaluate(decoder(corpus), corpus, "val", ALONE, batch_size=32, max_tokens=500)
+    found = evaluate(decoder(corpus), corpus, "val", batch_size=32, max_tokens=500)
     bits = corpus.manifest.ideal_bits("val")
     assert bits is not None and found.floor == bits / corpus.manifest.total("val", "bytes")
     assert 0.1 < found.floor < 1.5 < found.bits_per_byte
@@ -191,7 +201,7 @@ def test_packed_windows_give_every_target_and_isolated_documents_their_own_loss(
     corpus = prepare(data, Byte())
     model = decoder(corpus, context=2000)  # three stories in a window
     corpora = Corpora(data, (Portion("", corpus, 1.0),))
-    found, _ = module.evaluate(Objective(model), corpora, "val", ALONE, batch_size=4)
+    found, _ = module.evaluate(of_rank(model), corpora, "val", batch_size=4)
     assert corpora.packing(corpora.portions[0], 2000) == "best-fit"
     assert found.tokens == corpus.manifest.total("val", "tokens")
     tokens = stream_of(corpus)
@@ -215,8 +225,8 @@ def test_a_mixture_has_the_figures_of_its_corpora_in_their_shares(
     corpora = Corpora(
         Data(mixture=ingredients), (Portion("a", corpus, 0.75), Portion("b", other, 0.25))
     )
-    found, parts = module.evaluate(Objective(model), corpora, "val", ALONE, batch_size=4)
-    a, b = (evaluate(model, one, "val", ALONE, batch_size=4) for one in (corpus, other))
+    found, parts = module.evaluate(of_rank(model), corpora, "val", batch_size=4)
+    a, b = (evaluate(model, one, "val", batch_size=4) for one in (corpus, other))
     assert parts == {"a": a, "b": b}
     assert found.loss == pytest.approx(0.75 * a.loss + 0.25 * b.loss)
     bytes_a, bytes_b = (c.manifest.total("val", "bytes") / c.manifest.total("val", "tokens")
@@ -259,7 +269,7 @@ def test_json_is_one_line_with_all_figures(
     assert command(json=True) == 0
     out = capsys.readouterr().out
     row = json.loads(out)
-    expected = evaluate(command.run.model, corpus, "val", ALONE, batch_size=12)
+    expected = evaluate(command.run.model, corpus, "val", batch_size=12)
     assert out.count("\n") == 1
     assert row == {
         "run": "runs/t",

@@ -22,6 +22,6 @@ def run(argv: list[str]) -> int:
     options = parser.parse(argv)
     config = parser.config(options)
 
-    from dtt.verification import verify_command
+    from dtt.verification.report import verify_command
 
     return verify_command(config)

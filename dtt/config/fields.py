@@ -71,9 +71,16 @@ def union_members(field: FieldInfo) -> dict[str, type[Section]]:
 
 
 def subsection(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, when it holds just one kind."""
+    """The section that a field holds, when it holds just one kind, or that or null."""
     kind = field.annotation
+    if is_optional(field) and len(arguments := get_args(kind)) == 2:
+        kind = next(argument for argument in arguments if argument is not type(None))
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def is_optional(field: FieldInfo) -> bool:
+    """Whether a field may be null."""
+    return type(None) in get_args(field.annotation)
 
 
 def list_item(field: FieldInfo) -> FieldInfo | None:

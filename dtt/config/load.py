@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from dtt.config.explain import error_lines
-from dtt.config.fields import Leaf, leaves, subsection, union_members
+from dtt.config.fields import Leaf, is_optional, leaves, subsection, union_members
 from dtt.config.layers import Layer, file_layers, preset_layers
 from dtt.config.schema import Config
 from dtt.config.section import Section
@@ -157,12 +157,13 @@ def _merge(section: type[Section] | None, below: Tree, above: Tree) -> Tree:
     for key, value in above.items():
         field = section.model_fields.get(key) if section else None
         inner, members = (subsection(field), union_members(field)) if field else (None, {})
-        if value is None and (inner or members):
+        if value is None and (inner or members) and field and not is_optional(field):
             value = {}  # a section whose keys are all commented out
         if not isinstance(value, dict):
             merged[key] = value
             continue
-        old = merged.get(key, {})
+        old = merged.get(key)
+        old = {} if old is None else old
         if not isinstance(old, dict):
             continue  # a section that is not one stays, for validation to name its line
         if field and members:

@@ -49,8 +49,40 @@ class Rotary(Section):
 Positions = Annotated[Rotary | Learned | NoPositions, Field(discriminator="name")]
 
 
+class Experts(Section):
+    """A mixture of experts: MLPs of which each token passes a few (Shazeer et al. 2017,
+    arxiv.org/abs/1701.06538), chosen by a router, with none dropped for want of room."""
+
+    number: int = Field(gt=1)
+    """Experts in a block."""
+    active: int = Field(2, gt=0)
+    """Experts that a token passes, chosen by the router; at most `number`."""
+    hidden: int | None = Field(None, gt=0)
+    """Width of an expert, a multiple of 8; null: that of the dense MLP."""
+    shared: int = Field(0, ge=0)
+    """Experts that every token passes beside these, computed as one MLP of `shared` x the width."""
+    every: int = Field(1, gt=0)
+    """Each n-th block has experts, the others the dense MLP; 1: all of them."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits: softmax over all experts, or sigmoid of each."""
+    normalize: bool = True
+    """Weights of a token's experts add up to one; of one active expert it is then always one."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """What spreads tokens over experts: an auxiliary loss, a bias for choosing only, or nothing."""
+    balance_weight: float = Field(0.01, ge=0)
+    """loss: weight of the auxiliary loss beside the cross-entropy, for each block."""
+    bias_rate: float = Field(0.001, ge=0)
+    """bias: what an expert's bias rises or falls by in an optimizer step."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Experts:
+        if self.active > self.number:
+            raise ValueError(f"active ({self.active}) must be at most number ({self.number})")
+        return self
+
+
 class Model(Section):
-    """The decoder: GPT-2, Llama and Qwen3 are settings of it."""
+    """The decoder: GPT-2, Llama, Mixtral and Qwen3 are settings of it."""
 
     preset: str | None = None
     """Start from the model settings of this preset (`dtt config presets` lists them)."""
@@ -66,6 +98,8 @@ class Model(Section):
     """Width of a head; null: dim / heads."""
     hidden: int | None = Field(None, gt=0)
     """Width of the MLP; null: 4 dim, or 8/3 dim rounded up to a multiple of 64 for swiglu."""
+    experts: Experts | None = None
+    """Mixture of experts in the place of the MLP; null: none."""
     # Two stories of the default corpus and its tokenizer fill it to 97%.
     context: int = Field(288, gt=0)
     """Longest sequence, in tokens; training windows have this length."""
@@ -92,6 +126,15 @@ class Model(Section):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
 
+    @property
+    def mlp_width(self) -> int:
+        """The width of the MLP that the settings ask for."""
+        if self.hidden is not None:
+            return self.hidden
+        if self.activation == "swiglu":
+            return -(-self.dim * 8 // 3 // 64) * 64
+        return 4 * self.dim
+
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, data: Any) -> Any:
@@ -113,4 +156,21 @@ class Model(Section):
         width = self.head_dim or self.dim // self.heads
         if isinstance(self.positions, Rotary) and width % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {width}")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Model:
+        if self.experts is None:
+            return self
+        widths = {"dim": self.dim, "hidden": self.hidden or 8}
+        if self.experts.hidden is not None:
+            widths = {"dim": self.dim, "experts.hidden": self.experts.hidden}
+        for name, width in widths.items():
+            if width % 8:  # grouped_mm reads rows of whole 16 bytes
+                raise ValueError(f"{name} ({width}) must be a multiple of 8 with experts")
+        if self.experts.every > self.layers:
+            raise ValueError(
+                f"experts.every ({self.experts.every}) is more than layers ({self.layers}): "
+                "no block would have experts"
+            )
         return self

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from dtt.config.section import Section
 
 REST = -1
-AXES = ("replicate", "shard")
+AXES = ("pipeline", "expert", "replicate", "context", "shard", "tensor")
 """From the outermost to the innermost: ranks that differ in the last one only are neighbours."""
+DATA_AXES = ("expert", "replicate", "shard")
+"""Axes whose ranks have different sequences."""
 
 Axis = Annotated[int, Field(ge=REST)]
 
@@ -21,12 +23,23 @@ class Parallel(Section):
     world_size: int = Field(1, gt=0)
     """Workers to start on this machine; under torchrun, Slurm or MPI their number holds instead."""
     replicate: Axis | None = None
-    """Ranks with copies of what `shard` has divided; null: those that no other axis takes."""
+    """Ranks with copies of what the others have divided; null: those that no other axis takes."""
     shard: Axis = 1
     """Ranks that divide parameters, gradients and optimizer state (FSDP2); -1: those left."""
     reshard: bool = True
     """With shard: give a block's parameters up after its forward, and gather them again for its
     backward; false needs more memory and less communication."""
+    tensor: Axis = 1
+    """Ranks that divide every matrix product, and the sequences between them; -1: those left."""
+    context: Axis = 1
+    """Ranks that divide every sequence, for long contexts; -1: those left."""
+    expert: Axis = 1
+    """Ranks that divide the experts of a mixture, and otherwise are replicas; -1: those left."""
+    pipeline: Axis = 1
+    """Ranks that divide the blocks; -1: those left."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """With pipeline: the order of forwards and backwards; interleaved and zero-bubble give each
+    rank two stages."""
 
     @model_validator(mode="after")
     def _axes_fit(self) -> Parallel:

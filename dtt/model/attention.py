@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtt.config.model import Model
-from dtt.model.cpu_attention import blocked_attention
+from dtt.model.blocked_attention import blocked_attention
+from dtt.model.dropout import AttentionDropout
 from dtt.model.layers import Linear, RMSNorm
 from dtt.model.positions import rotate
 
-Attend = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Any, AttentionDropout | None], Tensor]
 
 
 class Cache:
@@ -109,22 +110,24 @@ def causal_mask(
     return visible(places[:, None], places, window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: AttentionDropout | None = None
+) -> Tensor:
     """Return softmax attention [B, heads, Q, width] of the queries of the last Q of T keys.
 
     `mask` [B or 1, 1, Q, T] is true where a query sees a key; None: itself and all before. k and v
-    may have fewer, shared heads.
+    may have fewer, shared heads. `dropout` has the Q columns of these queries.
     """
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and length > 1 and not dropout:
-        return blocked_attention(q, k, v, mask)
+    if dropout is not None or (q.device.type == "cpu" and length > 1):
+        return blocked_attention(q, k, v, mask, dropout)
     bias: Any = mask
     if mask is None and 1 < length < k.shape[2]:
         from torch.nn.attention.bias import causal_lower_right  # a second, for what few need
 
         bias = causal_lower_right(length, k.shape[2])
     square = mask is None and length == k.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, square, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, bias, 0.0, square, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -139,7 +142,6 @@ class Attention(nn.Module):
         self.window = settings.window
         self.width = settings.head_dim or settings.dim // settings.heads
         self.attend: Attend = attend
-        self.dropout = settings.dropout
         inner, kv_inner = (
             self.width * settings.heads,
             self.width * (settings.kv_heads or settings.heads),
@@ -151,7 +153,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.width, settings.norm_eps) if settings.qk_norm else None
 
     def forward(
-        self, x: Tensor, table: Tensor | None, cache: Cache | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        table: Tensor | None,
+        cache: Cache | None,
+        mask: Tensor | None,
+        dropout: AttentionDropout | None = None,
     ) -> Tensor:
         """Attend from each token of x [B, T, dim] to itself and all before, cached ones too."""
         batch, length, _ = x.shape
@@ -166,5 +173,5 @@ class Attention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = self.attend(q.to(k.dtype), k, v, mask, self.dropout if self.training else 0.0)
+        y = self.attend(q.to(k.dtype), k, v, mask, dropout)
         return self.out(y.to(x.dtype).transpose(1, 2).reshape(batch, length, -1))

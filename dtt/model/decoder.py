@@ -1,11 +1,11 @@
-"""The decoder: GPT-2, Llama, Qwen3 and dtt's own default are settings of this one model.
+"""The decoder: GPT-2, Llama, Mixtral, Qwen3 and dtt's own default are settings of this one model.
 
 It is single-device code: no rank, mesh or process group in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,9 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from dtt.config.model import Learned, Model, Rotary
 from dtt.model.attention import Attention, Cache, causal_mask
+from dtt.model.dropout import NO_DROPOUT, BlockDropout, Dropout, Randomness, drop
+from dtt.model.experts import MoE, Router, move_biases
 from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from dtt.model.positions import rotation_table
 
+RESIDUAL_OUTPUTS = (
+    *("attention.out.weight", "mlp.down.weight"),
+    *("mlp.experts.down", "mlp.shared.down.weight"),  # of experts
+)
 MaskOf = Callable[[int, torch.device, Tensor | None, Cache | None, int | None], Any]
 
 
@@ -27,44 +33,56 @@ def _norm(settings: Model) -> nn.Module:
     return RMSNorm(settings.dim, settings.norm_eps)
 
 
-def mlp_width(settings: Model) -> int:
-    """Return the width of the MLP that the settings ask for."""
-    if settings.hidden is not None:
-        return settings.hidden
-    if settings.activation == "swiglu":
-        return -(-settings.dim * 8 // 3 // 64) * 64
-    return 4 * settings.dim
+def _mlp(settings: Model, layer: int) -> nn.Module:
+    """Return the MLP of a block, or the experts in its place, as Qwen3's decoder_sparse_step."""
+    dense, experts = settings.mlp_width, settings.experts
+    if experts is None or (layer + 1) % experts.every:
+        return MLP(settings.dim, dense, settings.activation, settings.bias)
+    return MoE(settings.dim, experts.hidden or dense, settings.activation, experts)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), where `mlp` may be a mixture of experts."""
 
     def __init__(self, settings: Model, layer: int) -> None:
         super().__init__()
         self.attention_norm = _norm(settings)
         self.attention = Attention(settings, layer)
         self.mlp_norm = _norm(settings)
-        self.mlp = MLP(settings.dim, mlp_width(settings), settings.activation, settings.bias)
-        self.dropout = settings.dropout
+        self.mlp = _mlp(settings, layer)
         self.compute_dtype = torch.float32
 
     def forward(
-        self, x: Tensor, table: Tensor | None, cache: Cache | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        table: Tensor | None,
+        cache: Cache | None,
+        mask: Tensor | None,
+        dropout: BlockDropout = NO_DROPOUT,
     ) -> Tensor:
         """Add to the residual stream x [B, T, dim], which is fp32 whatever the compute type."""
         inner = self.attention_norm(x).to(self.compute_dtype)
-        x = x + self._drop(self.attention(inner, table, cache, mask))
-        return x + self._drop(self.mlp(self.mlp_norm(x).to(self.compute_dtype)))
+        attended = self.attention(inner, table, cache, mask, dropout.weights)
+        x = x + drop(attended, dropout.attention)
+        return x + drop(self.mlp(self.mlp_norm(x).to(self.compute_dtype)), dropout.mlp)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward in place, as any module's; set the compute type before."""
+        if isinstance(self.mlp, MoE) and self.compute_dtype != torch.bfloat16:
+            self.mlp.experts.keep_out_of_graphs()
+        super().compile(*args, **kwargs)
 
 
 class Absent(nn.Module):
     """A block that another part of the model has."""
 
     def forward(
-        self, x: Tensor, table: Tensor | None, cache: Cache | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        table: Tensor | None,
+        cache: Cache | None,
+        mask: Tensor | None,
+        dropout: BlockDropout = NO_DROPOUT,
     ) -> Tensor:
         return x
 
@@ -75,7 +93,9 @@ class Decoder(nn.Module):
     Matrix products are computed in `compute_dtype`, the residual stream in fp32, as under autocast:
     a bf16 residual stream is no faster and gives gradients that are 15% off (docs/log.md).
     Parts: embed, blocks, norm, head (absent when it is the embedding). `keep_part` leaves a model
-    some of them. `mask_of` says what each token sees, and is replaced by what divides sequences.
+    some of them. For what divides sequences: `mask_of` says what each token sees, and
+    `sequence_shares` of what part of a sequence the residual stream that comes in is.
+    With dropout, each forward in training needs keys in `randomness`.
     """
 
     def __init__(self, settings: Model) -> None:
@@ -86,7 +106,9 @@ class Decoder(nn.Module):
         self.compute_dtype = torch.float32
         self.recompute_blocks = False
         self.mask_of: MaskOf = causal_mask
-        self.embed: nn.Embedding | None = nn.Embedding(settings.vocab_size, settings.dim)
+        self.sequence_shares = 1
+        self.randomness = Randomness(settings.dropout, settings.layers)
+        self.embed: nn.Module | None = nn.Embedding(settings.vocab_size, settings.dim)
         learned = isinstance(settings.positions, Learned)
         self.position_embed = nn.Embedding(settings.context, settings.dim) if learned else None
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
@@ -106,10 +128,14 @@ class Decoder(nn.Module):
 
     def for_generation(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """Put the parameters on a device, in the type and order that generation reads fastest."""
+        routers = [m for m in self.modules() if isinstance(m, Router)]
+        exact = [{n: t.clone() for n, t in r.state_dict().items()} for r in routers]
         self.compute_in(dtype).to(device=device, dtype=dtype).eval()
         for module in self.modules():
-            if isinstance(module, LayerNorm | RMSNorm):
+            if isinstance(module, LayerNorm | RMSNorm | Router):
                 module.float()  # as the residual stream that it reads
+        for router, state in zip(routers, exact, strict=True):
+            router.load_state_dict(state)  # rounded, it would send tokens elsewhere
         if device.type == "cpu" and dtype == torch.float32:
             # A product of one row with a matrix in this order takes 0.6 to 0.7 of the time.
             for parameter in self.parameters():
@@ -122,7 +148,8 @@ class Decoder(nn.Module):
         """The output matrix [vocabulary, dim]."""
         found = self.embed if self.head is None else self.head
         assert found is not None, "a part without a head"
-        return found.weight
+        weight: Tensor = found.weight  # type: ignore[assignment]
+        return weight
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter: normal with init_std, residual outputs scaled by 1/sqrt(2 layers)
@@ -132,9 +159,25 @@ class Decoder(nn.Module):
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
                 continue
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            residual = name.endswith(RESIDUAL_OUTPUTS)
             scale = (2 * self.settings.layers) ** -0.5 if residual else 1.0
             nn.init.normal_(parameter, 0.0, std * scale, generator=generator)
+
+    def experts(self) -> Iterator[MoE]:
+        """The mixtures of experts of the blocks that are here."""
+        return (module for module in self.modules() if isinstance(module, MoE))
+
+    def scale_auxiliary(self, scale: Tensor | float) -> None:
+        """Say what the loss is multiplied by in the backward passes to come, for the auxiliary
+        loss of experts to be multiplied by it too; 1 until it is said."""
+        for experts in self.experts():
+            experts.scale.fill_(scale)
+
+    def rebalance(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Move the biases that balance experts, given the tokens since the last time; no-op for
+        models without them. Call it after each optimizer step, on all ranks that have the blocks.
+        """
+        move_biases([m.router for m in self.experts() if m.router.bias is not None], sum_over_ranks)
 
     def keep_part(self, blocks: range, first: bool, last: bool) -> Decoder:
         """Keep some blocks, with the embedding if they are the first and the head if the last.
@@ -160,29 +203,38 @@ class Decoder(nn.Module):
         `positions` [B, T] are places in documents: a token sees back to place 0 of its own, so
         that documents in one row do not see each other. Without them a row is one text.
         """
-        length, device = tokens.shape[1], tokens.device
+        length, device = tokens.shape[1] * self.sequence_shares, tokens.device
         mask = self.mask_of(length, device, positions, cache, self.settings.window)
         if cache is not None and positions is None:
             positions = cache.positions(length)
-        x = tokens if self.embed is None else self._embedded(self.embed, tokens, positions)
+        first, inside = self._dropouts(tokens)
+        x = tokens
+        if self.embed is not None:
+            x = drop(self._embedded(self.embed, tokens, positions), first)
         rotation = self._rotation(length, positions, device)
-        for block in self.blocks:
+        for block, dropout in zip(self.blocks, inside, strict=True):
+            inputs = (x, rotation, cache, mask, dropout)
             if self.recompute_blocks and self.training:
-                x = checkpoint(block, x, rotation, cache, mask, use_reentrant=False)
+                # Nothing in a block draws from torch's generators.
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotation, cache, mask)
+                x = block(*inputs)
         if cache is not None:
             cache.length += length
         return x if self.norm is None else self.norm(x).to(self.compute_dtype)
 
-    def _embedded(self, embed: nn.Embedding, tokens: Tensor, positions: Tensor | None) -> Tensor:
+    def _embedded(self, embed: nn.Module, tokens: Tensor, positions: Tensor | None) -> Tensor:
         x = embed(tokens)
         if self.position_embed is not None:
             if positions is None:
                 positions = torch.arange(tokens.shape[1], device=tokens.device)
             x = x + self.position_embed(positions)
-        x = x.float()
-        return F.dropout(x, self.settings.dropout, self.training) if self.settings.dropout else x
+        return x.float()
+
+    def _dropouts(self, tokens: Tensor) -> tuple[Dropout | None, list[BlockDropout]]:
+        if not (self.training and self.settings.dropout):
+            return None, [NO_DROPOUT] * len(self.blocks)
+        return self.randomness.dropouts(len(tokens), tokens.shape[1])
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None
@@ -213,3 +265,9 @@ class Decoder(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def count_active_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that one token passes: all but its inactive experts'."""
+    idle = sum(m.inactive_parameters() for m in model.modules() if isinstance(m, MoE))
+    return count_parameters(model) - idle

@@ -19,11 +19,12 @@ BLOCK = 16
 
 
 def sum_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Return the summed loss in nats (fp32, 0-dim) of targets [N] given hidden [N, dim].
+    """Return the summed loss in nats (fp32, 0-dim) of targets [...] given hidden [..., dim].
 
     Targets equal to `ignored` count nothing. `head` is [vocabulary, dim]. Logits are in the type of
     `hidden`, the softmax in fp32.
     """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if len(head) < LARGE_VOCABULARY:
         logits = F.linear(hidden, head.to(hidden.dtype))
         return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")

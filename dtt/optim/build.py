@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,11 @@ from dtt.errors import CheckpointError, ConfigError
 from dtt.optim.muon import Muon
 
 Named = list[tuple[str, Parameter]]
+Shares = Mapping[str, tuple[Any, ...]]
+
+# A router classifies tokens, as the head does: an orthogonal update would move the scores of all
+# experts by as much, also of those that had hardly any token to learn from.
+ROUTER = ".router.weight"
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch has one kernel for the whole update
 
@@ -109,34 +114,39 @@ def build_optimizer(
     settings: Optimizer,
     named_parameters: Iterable[tuple[str, Parameter]],
     block_prefix: str = "blocks.",
+    shares: Shares | None = None,
 ) -> Optimizers:
     """Return the optimizer of `settings` over the parameters that require a gradient.
 
     Weight decay acts on matrices (two dimensions or more) only, never on norms or biases. Muon
     takes the matrices [M, N] and stacks of matrices [E, M, N] whose name starts with
-    `block_prefix`, AdamW the rest. A tied parameter counts once, by its first name. Build it
-    after the parameters are on their device; the learning rate is the peak until `set_lr`.
+    `block_prefix`, but for routers of experts, AdamW the rest. A tied parameter counts once, by
+    its first name. Build it after the parameters are on their device; the learning rate is the
+    peak until `set_lr`. `shares` says by name how ranks divide matrices (dtt.optim.divided).
     """
     first_names: dict[Parameter, str] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             first_names.setdefault(parameter, name)
     named = [(name, parameter) for parameter, name in first_names.items()]
-    return Optimizers(BUILDERS[settings.name](settings, named, block_prefix), settings.lr)
+    return Optimizers(
+        BUILDERS[settings.name](settings, named, block_prefix, shares or {}), settings.lr
+    )
 
 
-def clip_gradients(parameters: Iterable[Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Parameter], max_norm: float | None, norm: Tensor | None = None
+) -> Tensor:
     """Scale the gradients so that their global norm is at most `max_norm`; None only measures.
 
     Returns the norm before the scaling, a 0-dim tensor on the gradients' device that an
     accelerator is not waited for. A norm that is not finite is returned as it is, and leaves the
     gradients unusable: look at it before the step. Equal to torch.nn.utils.clip_grad_norm_, bit
-    for bit.
+    for bit. Where ranks divide the gradients, `norm` is that of all their shares together.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):  # of gradients that ranks divide
-        norm = norm.full_tensor()
+    if norm is None:
+        norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm is None:
         return norm
     scale = max_norm / (norm + 1e-6)
@@ -147,7 +157,9 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float | None) -> T
     return norm
 
 
-def _adam(settings: AdamW | Adam, named: Named, block_prefix: str) -> list[torch.optim.Optimizer]:
+def _adam(
+    settings: AdamW | Adam, named: Named, block_prefix: str, shares: Shares
+) -> list[torch.optim.Optimizer]:
     variant = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return [
         variant(
@@ -160,7 +172,9 @@ def _adam(settings: AdamW | Adam, named: Named, block_prefix: str) -> list[torch
     ]
 
 
-def _sgd(settings: Sgd, named: Named, block_prefix: str) -> list[torch.optim.Optimizer]:
+def _sgd(
+    settings: Sgd, named: Named, block_prefix: str, shares: Shares
+) -> list[torch.optim.Optimizer]:
     if settings.nesterov and settings.momentum == 0:
         raise ConfigError(
             "optimizer.nesterov needs momentum, and optimizer.momentum is 0",
@@ -178,8 +192,14 @@ def _sgd(settings: Sgd, named: Named, block_prefix: str) -> list[torch.optim.Opt
     ]
 
 
-def _muon(settings: MuonSettings, named: Named, block_prefix: str) -> list[torch.optim.Optimizer]:
-    matrices = [(n, p) for n, p in named if n.startswith(block_prefix) and p.ndim in (2, 3)]
+def _muon(
+    settings: MuonSettings, named: Named, block_prefix: str, shares: Shares
+) -> list[torch.optim.Optimizer]:
+    matrices = [
+        (n, p)
+        for n, p in named
+        if n.startswith(block_prefix) and p.ndim in (2, 3) and not n.endswith(ROUTER)
+    ]
     taken = {name for name, _ in matrices}
     rest = [(name, parameter) for name, parameter in named if name not in taken]
     parts: list[torch.optim.Optimizer] = []
@@ -191,6 +211,7 @@ def _muon(settings: MuonSettings, named: Named, block_prefix: str) -> list[torch
                 weight_decay=settings.weight_decay,
                 momentum=settings.momentum,
                 ns_steps=settings.ns_steps,
+                shares=shares,
             )
         )
     if rest:
@@ -200,11 +221,11 @@ def _muon(settings: MuonSettings, named: Named, block_prefix: str) -> list[torch
             betas=settings.betas,
             eps=settings.eps,
         )
-        parts += _adam(adamw, rest, block_prefix)
+        parts += _adam(adamw, rest, block_prefix, shares)
     return parts
 
 
-BUILDERS: dict[str, Callable[[Any, Named, str], list[torch.optim.Optimizer]]] = {
+BUILDERS: dict[str, Callable[[Any, Named, str, Shares], list[torch.optim.Optimizer]]] = {
     "adamw": _adam,
     "adam": _adam,
     "sgd": _sgd,

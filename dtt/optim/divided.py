@@ -1,45 +1,61 @@
-"""Muon's orthogonalization where ranks divide the matrices by rows (FSDP2)."""
+"""Muon's orthogonalization where ranks divide the matrices."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dtt.optim.muon import zeropower
 
 
-def zeropower_divided(updates: Tensor, parameter: Any, steps: int) -> Tensor:
-    """Return `zeropower` of K matrices [M, N] of which each rank has `updates` [K, its rows, N].
+@dataclass(frozen=True)
+class Shares:
+    """How the ranks of a group divide a matrix [M, N]."""
 
-    `parameter`, a DTensor divided along its last mesh dim, says who has which rows. Each matrix is
-    gathered on one rank, in bfloat16, and only that one computes it: two exchanges in all, where a
-    DTensor in torch.optim.Muon would make fifteen for each matrix.
+    group: ProcessGroup
+    dim: int
+    """0: by rows, 1: by columns."""
+    sizes: tuple[int, ...]
+    """Of each rank's share along that dim."""
+
+
+def zeropower_divided(updates: Tensor, shares: tuple[Shares, ...], steps: int) -> Tensor:
+    """Return `zeropower` of K matrices, of which each rank has `updates` [K, its rows, columns].
+
+    Divided first as `shares` says last. Each matrix is gathered on one rank, in bfloat16, and only
+    that one computes it: two exchanges for each group in all, where a DTensor in torch.optim.Muon
+    would make fifteen for each matrix. Rows or columns of what is gathered may be in another order
+    than the matrix has them, which a factor that is orthogonal does not mind.
     """
-    group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
-    ranks, me = dist.get_world_size(group), dist.get_rank(group)
-    count, (height, width) = len(updates), parameter.shape
-    # As torch.chunk divides rows: the last ranks may have fewer, or none.
-    share = -(-height // ranks)
-    rows = [max(min(share, height - share * rank), 0) for rank in range(ranks)]
+    if not shares:
+        return zeropower(updates, steps)
+    group, dim, sizes = shares[0].group, shares[0].dim + 1, shares[0].sizes
+    ranks, me, count = dist.get_world_size(group), dist.get_rank(group), len(updates)
     owned = [len(range(rank, count, ranks)) for rank in range(ranks)]
     mine = updates.bfloat16()
+    across = mine[0].numel() // max(mine.shape[dim], 1)
     sent = torch.cat([mine[rank::ranks].reshape(-1) for rank in range(ranks)])
-    sizes_out = [owned[rank] * rows[me] * width for rank in range(ranks)]
-    sizes_in = [owned[me] * rows[rank] * width for rank in range(ranks)]
+    sizes_out = [owned[rank] * sizes[me] * across for rank in range(ranks)]
+    sizes_in = [owned[me] * sizes[rank] * across for rank in range(ranks)]
     came = sent.new_empty(sum(sizes_in))
     dist.all_to_all_single(came, sent, sizes_in, sizes_out, group=group)
     parts = [
-        part.view(owned[me], rows[rank], width)
+        part.view(owned[me], *_with(mine.shape[1:], dim - 1, sizes[rank]))
         for rank, part in enumerate(torch.split(came, sizes_in))
     ]
-    done = zeropower(torch.cat(parts, 1), steps)
-    sent = torch.cat([part.reshape(-1) for part in torch.split(done, rows, dim=1)])
+    done = zeropower_divided(torch.cat(parts, dim), shares[1:], steps)
+    sent = torch.cat([part.reshape(-1) for part in torch.split(done, list(sizes), dim)])
     came = sent.new_empty(sum(sizes_out))
     dist.all_to_all_single(came, sent, sizes_out, sizes_in, group=group)
     result = torch.empty_like(mine)
     for rank, part in enumerate(torch.split(came, sizes_out)):
-        result[rank::ranks] = part.view(owned[rank], rows[me], width)
+        result[rank::ranks] = part.view(owned[rank], *mine.shape[1:])
     return result
+
+
+def _with(shape: torch.Size, dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])

@@ -8,12 +8,11 @@ bound by the overhead of launching it when the matrices are small.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from dtt.dist import local
@@ -63,7 +62,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         ns_steps: int = 5,
+        shares: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
+        """`shares` says, by the names in `params`, how ranks divide a matrix, if they do: a tuple
+        of `dtt.optim.divided.Shares`."""
+        self._shares = shares or {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -98,32 +101,48 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
         torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
-        for batch in _batches(parameters):
-            first = parameters[batch[0]]
+        names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+        shares = [self._shares.get(names.get(p, ""), ()) for p in parameters]
+        for batch in _batches(values, shares):
+            divided = shares[batch[0]]
             stack = torch.stack([updates[i] for i in batch])
-            scale = RMS_OF_ADAMW * math.sqrt(max(first.shape[-2:]))
-            parts = _orthogonal(stack, first, group["ns_steps"])
+            scale = RMS_OF_ADAMW * math.sqrt(max(_whole_shape(values[batch[0]], divided)))
+            parts = _orthogonal(stack, divided, group["ns_steps"])
             for i, part in zip(batch, parts, strict=True):
                 values[i].add_(part, alpha=-group["lr"] * scale)
 
 
-def _orthogonal(updates: Tensor, parameter: Tensor, steps: int) -> Tensor:
-    """Return `zeropower` of a stack of updates; this rank's rows, where ranks divide them."""
-    if not isinstance(parameter, DTensor) or parameter.ndim == 3:  # whole matrices either way
+def _orthogonal(updates: Tensor, shares: tuple[Any, ...], steps: int) -> Tensor:
+    """Return `zeropower` of a stack of updates; where ranks divide them, this rank's share."""
+    if not shares:
         return zeropower(updates, steps)
     from dtt.optim.divided import zeropower_divided
 
-    return zeropower_divided(updates, parameter, steps)
+    return zeropower_divided(updates, shares, steps)
 
 
-def _batches(parameters: list[Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of parameters that have the same shape and fit in one batch."""
+def _whole_shape(matrix: Tensor, shares: tuple[Any, ...]) -> list[int]:
+    shape = list(matrix.shape[-2:])
+    for each in shares:  # the last of those that divide the same dim knows all of it
+        shape[each.dim] = sum(each.sizes)
+    return shape
+
+
+def _batches(values: list[Tensor], shares: list[tuple[Any, ...]]) -> Iterator[list[int]]:
+    """Yield the indices of matrices that have the same shape and fit in one batch.
+
+    Where ranks divide matrices, all of them yield the same, though shares may differ in size.
+    """
     alike: dict[object, list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        alike.setdefault((parameter.shape, parameter.device), []).append(i)
+    for i, value in enumerate(values):
+        key = tuple(_whole_shape(value, shares[i])) if shares[i] else value.shape
+        alike.setdefault((key, shares[i], value.device), []).append(i)
     for indices in alike.values():
-        first = parameters[indices[0]]
-        sharers = first.device_mesh.size(-1) if isinstance(first, DTensor) else 1
-        length = sharers * max(1, BATCH_ELEMENTS // first.numel())
+        first = indices[0]
+        size = math.prod(_whole_shape(values[first], shares[first]))
+        sharers = math.prod(each.group.size() for each in shares[first])
+        if values[first].ndim == 3:
+            size *= len(values[first])
+        length = sharers * max(1, BATCH_ELEMENTS // max(size, 1))
         for start in range(0, len(indices), length):
             yield indices[start : start + length]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from dtt.config.parallel import AXES
 from dtt.config.schema import Config
 from dtt.dist import Runtime
-from dtt.parallel.layout import Layout
+from dtt.model.decoder import Decoder
+from dtt.model.objective import Objective
+from dtt.parallel.context import divide_sequences
+from dtt.parallel.exchange import sum_forward
+from dtt.parallel.expert import divide_experts
+from dtt.parallel.layout import STAGES, Layout
+from dtt.parallel.loss import DividedLoss
+from dtt.parallel.mesh import Mesh
+from dtt.parallel.model import COPIES, EXPERT_COPIES, ParallelModel
+from dtt.parallel.pipeline import Pipeline
 from dtt.parallel.shard import shard
+from dtt.parallel.tensor import divide_tensors
 
 _REPLICATED: list[nn.Module] = []
 """Never freed: that joins gloo's thread with the interpreter locked, which hangs for good when the
@@ -21,30 +32,104 @@ thread needs the lock to free a tensor. The rank ends through `dtt.dist.leave`."
 
 
 def parallelize(
-    objective: nn.Module,
-    blocks: Iterable[nn.Module],
+    objective: Objective,
     layout: Layout,
     config: Config,
     runtime: Runtime,
     dtype: torch.dtype,
-) -> nn.Module:
-    """Return what the layout's ranks train together; `objective` itself can still be evaluated.
+    rows: int,
+    forwards: int,
+) -> ParallelModel:
+    """Return what the layout's ranks train together, of an objective that this rank has whole.
 
-    `objective` computes the summed loss of a model, of which `blocks` are the large parts. In this
-    order: compiled blocks, then divided or replicated parameters. Gradients come out as sums over
-    the ranks (shard), or as means (replicate alone).
+    In this order: stages of a pipeline, sequences, matrices, experts, compiled blocks, then divided
+    or replicated parameters. `rows` sequences go through in so many `forwards` a step.
     """
-    blocks = list(blocks)
-    if config.training.compile:
-        for block in blocks:
-            block.compile()
-    objective.train()
-    if layout.shard > 1:
-        mesh = init_device_mesh(runtime.device.type, layout.sizes, mesh_dim_names=AXES)
-        mesh = mesh if layout.replicate > 1 else mesh["shard"]
-        return shard(objective, blocks, mesh, dtype, config.parallel.reshard)
-    if layout.replicate > 1:
-        replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        _REPLICATED.append(replicated)
-        return replicated
-    return objective
+    mesh = Mesh(layout, runtime)
+    found = ParallelModel(_stages(objective, mesh, config), mesh)
+    for stage in found.stages:
+        if layout.context > 1:
+            divide_sequences(stage, stage.model, mesh.group("context"))
+        if layout.tensor > 1:
+            _divide_tensors(stage, found)
+        if layout.expert > 1:
+            found.experts |= divide_experts(stage.model, mesh.group("expert"), found.parts)
+        _share_balance(stage.model, mesh)
+        if config.training.compile:
+            for block in stage.model.blocks:
+                block.compile()
+        stage.train()
+        if not layout.is_plain and (layout.shard > 1 or mesh.size(*COPIES) > 1):
+            apart = mesh.device_mesh(EXPERT_COPIES) if layout.expert > 1 else None
+            divided, reshard = mesh.device_mesh(COPIES), config.parallel.reshard
+            shard(stage, stage.model.blocks, divided, dtype, reshard, apart)
+    if layout.is_plain and layout.replicate > 1:
+        found.called = _replicated(objective)
+    if layout.pipeline > 1:
+        found.pipeline = _pipeline(found, config, rows // forwards, forwards)
+    return found
+
+
+def _replicated(objective: Objective) -> nn.Module:
+    # Ranks have counts of their own in buffers; the option's name changed in PyTorch 2.13.
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    made = DistributedDataParallel(objective, gradient_as_bucket_view=True, **option)
+    _REPLICATED.append(made)
+    return made
+
+
+def _stages(objective: Objective, mesh: Mesh, config: Config) -> list[Objective]:
+    """Return this rank's parts of the model."""
+    layout, layers = mesh.layout, len(objective.model.blocks)
+    if layout.pipeline == 1:
+        return [objective]
+    each = STAGES[config.parallel.schedule]
+    number, found = layout.pipeline * each, []
+    for turn in range(each):
+        index = turn * layout.pipeline + mesh.place["pipeline"]
+        blocks = range(layers * index // number, layers * (index + 1) // number)
+        stage = copy.deepcopy(objective) if turn < each - 1 else objective
+        stage.model.keep_part(blocks, first=index == 0, last=index == number - 1)
+        found.append(stage)
+    return found
+
+
+def _share_balance(model: Decoder, mesh: Mesh) -> None:
+    """Have figures of the balance of experts summed over the ranks that share sequences."""
+    if mesh.size("context", "tensor") == 1:
+        return
+    for moe in model.experts():
+        group = mesh.group("context", "tensor")
+        moe.sum_rows = partial(sum_forward, group=group)
+
+
+def _divide_tensors(stage: Objective, found: ParallelModel) -> None:
+    group = found.mesh.group("tensor")
+    parts = divide_tensors(stage.model, group)
+    found.parts |= parts
+    named = dict(stage.model.named_parameters())
+    copies = [n for n in parts if parts[n].is_all and not n.endswith((".out.bias", ".down.bias"))]
+    found.summed.append((group, [name for name in copies if name in named]))
+    if stage.model.norm is not None:
+        name = "embed.weight" if stage.model.head is None else "head.weight"
+        stage.loss = DividedLoss(parts[name].ranges[0][0][0], group)
+
+
+def _pipeline(found: ParallelModel, config: Config, rows: int, forwards: int) -> Pipeline:
+    layout, length = found.layout, config.model.context
+    each = STAGES[config.parallel.schedule]
+    shape = (rows, length // layout.context // layout.tensor, config.model.dim)
+    stages = [
+        (turn * layout.pipeline + found.mesh.place["pipeline"], stage)
+        for turn, stage in enumerate(found.stages)
+    ]
+    return Pipeline(
+        stages,
+        layout.pipeline * each,
+        config.parallel.schedule,
+        forwards,
+        torch.empty(rows, length, dtype=torch.int64, device="meta"),
+        torch.empty(shape, device="meta", requires_grad=True),
+        found.mesh.group("pipeline"),
+    )

@@ -10,10 +10,15 @@ from dtt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Division:
-    """batch_size = micro_batch_size x accumulation x ranks."""
+    """batch_size = micro_batch_size x accumulation x ranks that have different sequences."""
 
     micro_batch_size: int
     accumulation: int
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a rank in a step."""
+        return self.micro_batch_size * self.accumulation
 
 
 def divide(training: Training, ranks: int) -> Division:

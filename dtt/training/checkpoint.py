@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from re import compile as regex
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from dtt import storage
 from dtt.errors import DttError, StorageError
+from dtt.parallel.part import Part
 from dtt.storage import Written, failpoint
+from dtt.training.ranks import collect, contribute, write_parts
 from dtt.training.saved import (
     FORMAT,
     MANIFEST,
@@ -37,7 +39,7 @@ from dtt.training.saved import (
     scan,
     seal,
 )
-from dtt.training.snapshot import Group, Staging, untie, write_tensors
+from dtt.training.snapshot import Group, Staging, digest_of, untie
 from dtt.version import __version__
 
 __all__ = ["Checkpoints", "Saved", "find_run", "open_checkpoint"]
@@ -58,6 +60,8 @@ class _Job:
     groups: dict[str, Group]
     files: dict[str, bytes]
     best_loss: float | None
+    work: str | None = None
+    """The name of the folder that several ranks write to."""
 
 
 class Checkpoints:
@@ -68,9 +72,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, background: bool, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        background: bool,
+        warn: Callable[[str], None],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self._folder = folder
+        self._folder, self._rank, self._ranks = folder, rank, ranks
         self._keep = keep
         self._background = background
         self._warn = warn
@@ -106,6 +117,20 @@ class Checkpoints:
             self._reserving = threading.Thread(target=self._staging.reserve, args=(groups,))
             self._reserving.start()
 
+    def begin(self, step: int) -> str | None:
+        """Make a folder for all ranks to write to, on the first rank, and return its name.
+
+        None if that fails, which is a save that failed.
+        """
+        self._settle()
+        name = f"{_name(step)}.{secrets.token_hex(4)}.tmp"
+        try:
+            storage.make_folder(self._folder / name)
+        except StorageError as error:
+            self._failed(step, error)
+            return None
+        return name
+
     def save(
         self,
         step: int,
@@ -114,9 +139,13 @@ class Checkpoints:
         files: Mapping[str, bytes],
         *,
         best_loss: float | None = None,
+        parts: Mapping[str, Mapping[str, Part]] | None = None,
+        work: str | None = None,
     ) -> None:
         """Save the state of `step`: `tensors` by group and name, `state` as JSON, `files` by name.
 
+        Where ranks divide the tensors, each saves its own `parts` of them to the folder `work`
+        (`begin`), and what the first rank says of the rest holds.
         `best_loss` is the validation loss if it is the lowest so far. A save that fails is a
         warning, here or at a later call; the third in a row is a StorageError. What was saved
         before stays whole in any case. The caller may change all arguments once this returns.
@@ -125,13 +154,15 @@ class Checkpoints:
         contents = dict(files)
         contents[STATE] = (json.dumps(state, indent=2, allow_nan=False) + "\n").encode()
         groups = {group: untie(content) for group, content in tensors.items()}
+        if parts is not None:
+            groups = {g: replace(content, parts=dict(parts[g])) for g, content in groups.items()}
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
         if self._background:
             groups = self._staging.copy(groups)
         failpoint("checkpoint.snapshot", step=step)
-        self._job = _Job(step, groups, contents, best_loss)
+        self._job = _Job(step, groups, contents, best_loss, work)
         self._saved, self._error, self._notes = False, None, []
         if self._background:
             thread = threading.Thread(target=self._run, args=(self._job,), name="checkpoint")
@@ -164,14 +195,19 @@ class Checkpoints:
                 waited = time.monotonic() - start
                 self._warn(f"still waiting for the checkpoint of step {job.step}: {waited:.0f} s")
         self._thread = self._job = None
+        if self._rank:  # the first rank knows, and says it
+            return
         for note in self._notes:
             self._warn(note)
         if self._saved:
             self._failures, self._failure = 0, None
             return
-        error = self._error
+        self._failed(job.step, self._error)
+
+    def _failed(self, step: int, error: Exception | None) -> None:
+        """Warn of a save that failed; StorageError at the third in a row."""
         why = error.what if isinstance(error, DttError) else repr(error or "its thread died")
-        what = f"the checkpoint of step {job.step} was not saved: {why}"
+        what = f"the checkpoint of step {step} was not saved: {why}"
         fix = error.fix if isinstance(error, DttError) else "see the log of the run"
         self._failures += 1
         self._failure = StorageError(what, fix)
@@ -182,7 +218,11 @@ class Checkpoints:
 
     def _run(self, job: _Job) -> None:
         try:
-            self._store(job)
+            if self._rank:
+                assert job.work is not None
+                contribute(self._folder / job.work, self._rank, self._ranks, job.groups)
+            else:
+                self._store(job)
             self._saved = True
         except Exception as error:
             self._error = error
@@ -194,7 +234,8 @@ class Checkpoints:
                 path = self._commit(job)
                 break
             except StorageError as error:
-                if pause is None or not storage.worth_retrying(error):
+                # Several ranks have written once, and do not know of a second try.
+                if pause is None or job.work or not storage.worth_retrying(error):
                     raise
                 if not warned:
                     self._notes.append(f"{error.what}; saving step {job.step} was tried again")
@@ -215,9 +256,9 @@ class Checkpoints:
         """Write everything under a name of its own, then make it the checkpoint by one rename."""
         storage.make_folder(self._folder)
         with self._noted():
-            self._sweep()
-        final = self._folder / f"step-{job.step:08d}"
-        work = self._folder / f"{final.name}.{secrets.token_hex(4)}.tmp"
+            self._sweep(job.work)
+        final = self._folder / _name(job.step)
+        work = self._folder / (job.work or f"{final.name}.{secrets.token_hex(4)}.tmp")
         try:
             storage.make_folder(work)
             self._write(work, job)
@@ -235,10 +276,16 @@ class Checkpoints:
     def _write(self, work: Path, job: _Job) -> None:
         files: dict[str, Written] = {}
         tensors: dict[str, dict[str, Any]] = {}
+        ranks = self._ranks if job.work else 1
+        reports = [write_parts(work, 0, ranks, job.groups), *collect(work, ranks)]
         for group, content in job.groups.items():
-            name = f"{group}.safetensors"
-            files[name], digest = write_tensors(work / name, content)
-            tensors[group] = {"file": name, "digest": digest, "tied": content.tied}
+            found = [report.files[group] for report in reports]
+            files |= {name: written for name, written, _ in found}
+            tensors[group] = {
+                "files": [name for name, _, _ in found],
+                "digest": digest_of(rows for _, _, rows in found),
+                "tied": content.tied,
+            }
         for name, data in job.files.items():
             storage.make_folder((work / name).parent)
             files[name] = storage.write_stream(work / name, [data])
@@ -255,11 +302,13 @@ class Checkpoints:
         for parent in {str(parent) for name in files for parent in PurePosixPath(name).parents}:
             storage.sync_folder(work / parent)
 
-    def _sweep(self) -> None:
+    def _sweep(self, work: str | None = None) -> None:
         """Remove what saves cut short have left; put a checkpoint back that was to be replaced."""
         with storage.storage_errors(self._folder, "read"):
             paths = sorted(self._folder.iterdir())
         for path in paths:
+            if path.name == work:  # other ranks may be writing to it
+                continue
             if LEFTOVER.fullmatch(path.name):
                 storage.remove(path)
             elif STEP.fullmatch(path.name) and path.suffix == ".old":
@@ -317,6 +366,10 @@ class Checkpoints:
             yield
         except StorageError as error:
             self._notes.append(str(error))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _stamp(path: Path) -> object:

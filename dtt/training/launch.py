@@ -70,8 +70,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
             f"parallel.world_size is {config.parallel.world_size}, but this is one process",
             "start workers with `dtt train` or torchrun",
         )
-    resolve(config.parallel, place.ranks)
-    divide(config.training, place.ranks)
+    divide(config.training, resolve(config.parallel, config.model, place.ranks).data)
     runtime = start(place, config.training.device, config.training.threads)
     begun = time.perf_counter()
     with open_run(config, runtime, str(resume) if resume else None, fresh) as run:
@@ -95,8 +94,7 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
     """Train, with as many workers as the configuration asks for, and return the exit code."""
     place, workers = find_place(os.environ), config.parallel.world_size
     if place.launcher == "none" and workers > 1:
-        resolve(config.parallel, workers)
-        divide(config.training, workers)
+        divide(config.training, resolve(config.parallel, config.model, workers).data)
         return _run_workers(config, workers, resume, fresh)
     if place.ranks > 1:
         leave(_rank(config, resume, fresh, place.rank == 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def load_run(
     with torch.device("meta"):
         model = Decoder(config.model)
     weights = saved.tensors("model")
-    check_weights(model, weights, saved.path)
+    check_weights(model, saved.shapes("model"), saved.path)
     model.load_state_dict(weights, assign=True)
     if cast:
         model.for_generation(chosen, dtype)
@@ -99,10 +100,10 @@ def saved_tokenizer(saved: Saved) -> Tokenizer:
     return tokenizer
 
 
-def check_weights(model: Decoder, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise CheckpointError, naming the first difference, if weights are not of this model."""
+def check_weights(model: Decoder, found: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise CheckpointError, naming the first difference, if weights of these shapes are
+    not of this model."""
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

@@ -18,7 +18,6 @@ from dtt.evaluation import evaluate
 from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.optim.schedule import learning_rate
-from dtt.parallel.shard import is_sharded
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
@@ -163,10 +162,9 @@ def _validate(run: Run, readings: Readings) -> float | None:
     settings, state = run.config.evaluation, run.state
     with run.pause():
         result, parts = evaluate(
-            run.objective,
+            run.stepper.model,
             run.corpora,
             "val",
-            run.runtime,
             batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
             max_tokens=settings.max_tokens,
         )
@@ -189,7 +187,8 @@ def _validate(run: Run, readings: Readings) -> float | None:
 
 def _sample(run: Run) -> None:
     """Let the model write, on the main rank; the others go on and wait at the next step."""
-    if is_sharded(run.objective):
+    model = run.stepper.model
+    if not model.is_whole:
         run.reporter.info("no samples while ranks divide the model: `dtt generate` writes them")
         return
     if not run.runtime.is_main:
@@ -198,7 +197,7 @@ def _sample(run: Run) -> None:
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     with run.pause():
         texts = sample_texts(
-            run.model,
+            model.stages[0].model,
             run.corpora.tokenizer,
             list(settings.prompts),
             settings.max_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,22 +15,20 @@ from dtt import storage
 from dtt.config.schema import Config
 from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
-from dtt.data.order import mix
 from dtt.data.progress import progress
-from dtt.dist import Runtime, local
+from dtt.dist import Runtime
 from dtt.errors import ConfigError, DttError
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
-from dtt.model.decoder import Decoder
-from dtt.optim.build import build_optimizer
+from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
+from dtt.model.objective import Objective
 from dtt.optim.schedule import warmup_steps
-from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import Layout, resolve
-from dtt.parallel.shard import divided_like
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
+from dtt.training.build import SavedGroup, build_model, build_stepper, take_over
 from dtt.training.checkpoint import Checkpoints
 from dtt.training.folder import (
     refuse_foreign_folder,
@@ -39,7 +37,6 @@ from dtt.training.folder import (
     write_run_files,
 )
 from dtt.training.load import check_weights, saved_config
-from dtt.training.objective import Objective
 from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
@@ -62,7 +59,8 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
     if not runtime.is_main:
         yield _build(config, runtime, folder, reporter, resume, fresh)
         return
-    divide(config.training, runtime.ranks)  # refuse before anything is touched
+    layout = resolve(config.parallel, config.model, runtime.ranks)
+    divide(config.training, layout.data)  # refuse before anything is touched
     is_new = not folder.exists()
     with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)
@@ -97,21 +95,23 @@ def _build(
         keep=config.checkpoint.keep,
         background=config.checkpoint.background,
         warn=reporter.warning,
+        rank=runtime.rank,
+        ranks=runtime.ranks,
     )
     corpora = _share_corpora(config, runtime, reporter)
     config = _resolve_vocabulary(config, corpora.tokenizer)
     saved = _share_checkpoint(config, runtime, corpora, checkpoints, resume, fresh, reporter)
-    loader = _loader(config, corpora, runtime)
+    layout = resolve(config.parallel, config.model, runtime.ranks)
+    loader = _loader(config, corpora, runtime, layout)
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
-    layout = resolve(config.parallel, runtime.ranks)
-    if layout.shard > 1 and dtype == torch.float16:
-        raise ConfigError("fp16 does not go with parallel.shard", "use bf16 or fp32")
+    if not layout.is_plain and dtype == torch.float16:
+        raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
     model = build_model(config, runtime, dtype)
-    objective = Objective(model)
-    stepper = build_stepper(objective, layout, config, runtime, dtype)
-    state = _restore(saved, model, stepper)
+    parameters = count_parameters(model), count_active_parameters(model)
+    stepper = build_stepper(Objective(model), layout, config, runtime, dtype)
+    state = _restore(saved, config, stepper)
     metrics = None
     if runtime.is_main:
         if fresh:
@@ -124,10 +124,8 @@ def _build(
         config=config,
         folder=folder,
         runtime=runtime,
-        layout=layout,
         corpora=corpora,
-        model=model,
-        objective=objective,
+        parameters=parameters,
         stepper=stepper,
         loader=loader,
         steps=steps,
@@ -237,16 +235,16 @@ def _share_checkpoint(
     path = runtime.on_main(choose)
     if path is None:
         return None
-    return chosen[0] if chosen else read(Path(path))
+    return chosen[0] if chosen else read(Path(path), hashed=False)
 
 
-def _loader(config: Config, corpora: Corpora, runtime: Runtime) -> Loader:
+def _loader(config: Config, corpora: Corpora, runtime: Runtime, layout: Layout) -> Loader:
     return corpora.loader(
         config.model.context,
         config.training.batch_size,
         config.seed,
-        runtime.rank,
-        runtime.ranks,
+        layout.data_rank(runtime.rank),
+        layout.data,
         pin=runtime.device.type == "cuda",
     )
 
@@ -267,52 +265,12 @@ def _steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def build_model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
-    """The initial weights depend on the seed alone: they are drawn on the CPU."""
-    model = Decoder(config.model)
-    model.init_weights(torch.Generator().manual_seed(mix(config.seed, 0) >> 1))
-    model.compute_in(dtype)
-    model.recompute_blocks = config.training.gradient_checkpointing
-    return model.to(runtime.device)
-
-
-def build_stepper(
-    objective: Objective, layout: Layout, config: Config, runtime: Runtime, dtype: torch.dtype
-) -> Stepper:
-    return Stepper(
-        objective=parallelize(objective, objective.model.blocks, layout, config, runtime, dtype),
-        optimizer=build_optimizer(config.optimizer, objective.model.named_parameters()),
-        runtime=runtime,
-        division=divide(config.training, runtime.ranks),
-        seed=config.seed,
-        grad_clip=config.training.grad_clip,
-        scaler=torch.amp.GradScaler(runtime.device.type, enabled=dtype == torch.float16),
-    )
-
-
-def take_over(
-    model: Decoder,
-    stepper: Stepper,
-    weights: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-) -> None:
-    """Go on from whole weights and a whole optimizer state, by name, in whatever layout."""
-    parameters = model.state_dict()
-    for name, parameter in parameters.items():
-        local(parameter).copy_(local(divided_like(weights[name], parameter)))
-    parts = {}
-    for name, tensor in state.items():  # "<parameter>.<key>"
-        owner = parameters.get(name.rpartition(".")[0])
-        parts[name] = tensor if owner is None else divided_like(tensor, owner)
-    stepper.optimizer.load_named_state(parts)
-
-
-def _restore(saved: Saved | None, model: Decoder, stepper: Stepper) -> TrainState:
+def _restore(saved: Saved | None, config: Config, stepper: Stepper) -> TrainState:
     if saved is None:
         return TrainState()
-    weights = saved.tensors("model")
-    check_weights(model, weights, saved.path)
-    take_over(model, stepper, weights, saved.tensors("optimizer"))
+    with torch.device("meta"):
+        check_weights(Decoder(config.model), saved.shapes("model"), saved.path)
+    take_over(stepper, SavedGroup(saved, "model"), SavedGroup(saved, "optimizer"))
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])

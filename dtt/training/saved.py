@@ -1,7 +1,8 @@
 """Reading checkpoints: find a run, choose a checkpoint in it, and prove it whole before use.
 
-RUN/checkpoints/step-00000400/ holds one safetensors file per tensor group, state.json,
-further files (config.yaml, the tokenizer) and manifest.json, which has size and SHA-256 of each.
+RUN/checkpoints/step-00000400/ holds one safetensors file per tensor group (one per rank, where
+ranks divide the model), state.json, further files (config.yaml, the tokenizer) and manifest.json,
+which has size and SHA-256 of each.
 Nothing here can execute code: safetensors and JSON only. The files `last` and `best` beside the
 folders are for people; the folders themselves are the truth, so a wrong pointer cannot mislead.
 """
@@ -22,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtt.errors import CheckpointError, DttError, StorageError
+from dtt.parallel.part import Part
 from dtt.storage import sha256, storage_errors
 from dtt.training.snapshot import digest
+from dtt.training.stored import StoredTensors
 from dtt.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; a reader refuses every other."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -47,27 +50,48 @@ class Saved:
     files: dict[str, bytes]
     """The further files by name, as given to `Checkpoints.save`."""
     manifest: dict[str, Any]
-    _open: dict[str, Any]
+    _open: dict[str, StoredTensors]
 
     def tensors(self, group: str, device: str = "cpu") -> dict[str, Tensor]:
-        """Return one group's tensors by name; tied names share one tensor.
+        """Return one group's tensors by name, whole; tied names share one tensor.
 
-        On the CPU they are views of one private mapping: changing them leaves the file alone, but
-        a later call for the same group sees the change, and refuses it.
-        Raises CheckpointError if there is no such group, or its values are not those saved.
+        Of a file that one rank wrote, they are on the CPU views of one private mapping: changing
+        them leaves the file alone, but a later call for the same group sees the change, and refuses
+        it. Raises CheckpointError if there is no such group, or its values are not those saved.
         """
-        if group not in self._open:
-            has = ", ".join(sorted(self._open))
-            raise CheckpointError(f"checkpoint {self.path} has no tensors {group!r}", f"has {has}")
-        entry, file = self.manifest["tensors"][group], self._open[group]
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        entry = self._entry(group)
+        try:
+            tensors = self._open[group].whole()
+        except KeyError as error:
+            raise _damaged(self.path, entry["files"][0], f"{error} is not whole") from None
         tensors |= {alias: tensors[name] for alias, name in entry["tied"].items()}
         if digest(tensors) != entry["digest"]:
-            raise _damaged(self.path, entry["file"], "its values are not those that were saved")
+            what = "its values are not those that were saved"
+            raise _damaged(self.path, entry["files"][0], what)
         if device == "cpu":
             return tensors
         moved = {id(tensor): tensor.to(device) for tensor in tensors.values()}
         return {name: moved[id(tensor)] for name, tensor in tensors.items()}
+
+    def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one group's whole tensors, without reading them."""
+        found = self._open[group].shapes()
+        return found | {alias: found[name] for alias, name in self._entry(group)["tied"].items()}
+
+    def part(self, group: str, name: str, part: Part) -> Tensor:
+        """Read a part of a tensor, and no other."""
+        entry = self._entry(group)
+        try:
+            return self._open[group].part(entry["tied"].get(name, name), part)
+        except KeyError:
+            raise _damaged(self.path, entry["files"][0], f"{name} is not whole") from None
+
+    def _entry(self, group: str) -> dict[str, Any]:
+        if group not in self._open:
+            has = ", ".join(sorted(self._open))
+            raise CheckpointError(f"checkpoint {self.path} has no tensors {group!r}", f"has {has}")
+        entry: dict[str, Any] = self.manifest["tensors"][group]
+        return entry
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -89,15 +113,16 @@ def scan(folder: Path) -> list[Path]:
     return [path for _, path in found if path.is_dir()]
 
 
-def read(path: Path, groups: Collection[str] | None = None) -> Saved:
+def read(path: Path, groups: Collection[str] | None = None, *, hashed: bool = True) -> Saved:
     """Open the checkpoint folder `path`; every byte in it has been hashed when this returns.
 
-    With `groups` only these tensors are opened and hashed, beside the small files. Raises
+    With `groups` only these tensors are opened and hashed, beside the small files; without `hashed`
+    tensors are not, because another rank has done it. Raises
     CheckpointError if anything is missing, damaged, foreign or of another format version.
     """
     manifest = read_manifest(path)
     try:
-        contents, opened = _contents(path, manifest, groups)
+        contents, opened = _contents(path, manifest, groups, hashed)
         state = json.loads(contents.pop(STATE))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _damaged(path, MANIFEST, "does not describe a checkpoint") from error
@@ -105,12 +130,13 @@ def read(path: Path, groups: Collection[str] | None = None) -> Saved:
 
 
 def _contents(
-    path: Path, manifest: dict[str, Any], wanted: Collection[str] | None
-) -> tuple[dict[str, bytes], dict[str, Any]]:
+    path: Path, manifest: dict[str, Any], wanted: Collection[str] | None, hashed: bool
+) -> tuple[dict[str, bytes], dict[str, StoredTensors]]:
     """Return the small files' bytes by name and the open tensor files by group, all verified."""
     contents: dict[str, bytes] = {}
-    opened: dict[str, Any] = {}
-    groups = {entry["file"]: group for group, entry in manifest["tensors"].items()}
+    opened: dict[str, list[Any]] = {}
+    entries = manifest["tensors"].items()
+    groups = {name: group for group, entry in entries for name in entry["files"]}
     for name, entry in manifest["files"].items():
         if wanted is not None and name in groups and groups[name] not in wanted:
             continue
@@ -120,8 +146,8 @@ def _contents(
             if size != entry["size"]:
                 raise _damaged(path, name, f"{size} bytes instead of {entry['size']}")
             if name in groups:  # opened before it is hashed, so that it cannot be swapped
-                opened[groups[name]] = safe_open(file, framework="pt")
-                found = sha256(file)
+                opened.setdefault(groups[name], []).append(safe_open(file, framework="pt"))
+                found = sha256(file) if hashed else entry["sha256"]
             else:
                 contents[name] = file.read_bytes()
                 found = hashlib.sha256(contents[name]).hexdigest()
@@ -130,7 +156,7 @@ def _contents(
             raise _damaged(path, name, str(error)) from error
         if found != entry["sha256"]:
             raise _damaged(path, name, "its SHA-256 is not the manifest's")
-    return contents, opened
+    return contents, {group: StoredTensors(files) for group, files in opened.items()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dtt.errors import CheckpointError
+from dtt.parallel.part import Part
 from dtt.storage import Written, write_stream
+from dtt.training.stored import PARTS
 
 DTYPES = {
     torch.float64: "F64",
@@ -33,6 +36,9 @@ DTYPES = {
 }
 """What a checkpoint holds, and the name of it in a safetensors header."""
 
+Rows = dict[str, list[Any]]
+"""By name a tensor's type, its whole shape, and the sum of its bits read as integers."""
+
 INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -42,6 +48,8 @@ class Group:
 
     tensors: dict[str, Tensor]
     tied: dict[str, str]
+    parts: dict[str, Part] = field(default_factory=dict)
+    """What each tensor is of the whole one, where ranks divide them."""
 
 
 def untie(tensors: Mapping[str, Tensor]) -> Group:
@@ -96,7 +104,7 @@ class Staging:
                 if tensor.is_cuda:
                     devices.add(tensor.device)
                 tensors[name] = self._buffers[group, name] = buffer
-            copies[group] = Group(tensors, content.tied)
+            copies[group] = Group(tensors, content.tied, content.parts)
         for device in devices:
             torch.cuda.synchronize(device)
         return copies
@@ -106,8 +114,8 @@ def _buffer(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
-def write_tensors(path: Path, group: Group) -> tuple[Written, str]:
-    """Write a safetensors file, synced; return what was written and `digest` of the tensors.
+def write_tensors(path: Path, group: Group) -> tuple[Written, Rows]:
+    """Write a safetensors file, synced; return what was written and what enters its digest.
 
     One tensor at a time is brought to contiguous CPU memory if it is not there already.
     """
@@ -123,9 +131,12 @@ def write_tensors(path: Path, group: Group) -> tuple[Written, str]:
             yield tensor.view(torch.uint8).numpy().data
 
     written = write_stream(path, chunks())
-    rows = {name: _row(tensor, sums[name]) for name, tensor in group.tensors.items()}
+    rows = {}
+    for name, tensor in group.tensors.items():
+        shape = group.parts[name].shape if name in group.parts else tensor.shape
+        rows[name] = _row(tensor, list(shape), sums[name])
     rows |= {alias: rows[name] for alias, name in group.tied.items()}
-    return written, _digest(rows)
+    return written, rows
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -134,15 +145,22 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     Values enter as the sum of their bits read as integers, so the parts of a sharded tensor add
     up to the digest of the whole. It finds damage, not forgery: that is what SHA-256 is for.
     """
-    return _digest({n: _row(t, _bit_sum(t.detach().cpu())) for n, t in tensors.items()})
+    rows = {n: _row(t, list(t.shape), _bit_sum(t.detach().cpu())) for n, t in tensors.items()}
+    return digest_of([rows])
 
 
-def _digest(rows: dict[str, list[object]]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+def digest_of(files: Iterable[Rows]) -> str:
+    """Return `digest` of the whole tensors whose parts are in these files."""
+    found: Rows = {}
+    for rows in files:
+        for name, (kind, shape, bits) in rows.items():
+            before = found[name][2] if name in found else 0
+            found[name] = [kind, shape, (before + bits + 2**63) % 2**64 - 2**63]  # as int64 wraps
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _row(tensor: Tensor, bits: int) -> list[object]:
-    return [DTYPES[tensor.dtype], list(tensor.shape), bits]
+def _row(tensor: Tensor, shape: list[int], bits: int) -> list[Any]:
+    return [DTYPES[tensor.dtype], shape, bits]
 
 
 def _bit_sum(tensor: Tensor) -> int:
@@ -152,7 +170,11 @@ def _bit_sum(tensor: Tensor) -> int:
 
 
 def _header(group: Group, order: list[str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    about = {"format": "pt"}
+    if group.parts:
+        rows = {name: [part.shape, part.ranges] for name, part in group.parts.items()}
+        about[PARTS] = json.dumps(rows)
+    header: dict[str, object] = {"__metadata__": about}
     end = 0
     for name in order:
         tensor = group.tensors[name]

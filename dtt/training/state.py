@@ -21,12 +21,8 @@ from dtt.errors import StorageError
 from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Meter, short_count
 from dtt.metrics.trackers import Tracker
-from dtt.model.decoder import Decoder, count_parameters
-from dtt.parallel.layout import Layout
-from dtt.parallel.shard import gathered, is_sharded
 from dtt.tokenizer import fingerprint
 from dtt.training.checkpoint import Checkpoints
-from dtt.training.objective import Objective
 from dtt.training.profile import StepProfiler
 from dtt.training.step import Stepper
 
@@ -50,10 +46,9 @@ class Run:
     config: Config
     folder: Path
     runtime: Runtime
-    layout: Layout
     corpora: Corpora
-    model: Decoder
-    objective: Objective
+    parameters: tuple[int, int]
+    """Of the whole model, and those of them that a token passes."""
     stepper: Stepper
     loader: Loader
     steps: int
@@ -70,14 +65,19 @@ class Run:
     """What a person says to go on with this run."""
 
     def save(self, best_loss: float | None = None) -> None:
-        """Save the state, on the rank that writes files; all ranks must ask."""
-        tensors = self._tensors()
-        if not self.runtime.is_main:
+        """Save the state: on the rank that writes files, or where ranks divide the model on each
+        what it has. All ranks must ask."""
+        model, step, work = self.stepper.model, self.state.step, None
+        if not model.is_whole:
+            work = self.runtime.on_main(lambda: self.checkpoints.begin(step))
+            if work is None:
+                return
+        elif not self.runtime.is_main:
             return
         if self.metrics is not None:  # no step before a checkpoint may be missing there
             self.metrics.flush()
         state = {
-            "step": self.state.step,
+            "step": step,
             "best_loss": self.state.best_loss,
             "tokens": self.state.tokens,
             "tokenizer": fingerprint(self.corpora.tokenizer),
@@ -88,7 +88,14 @@ class Run:
             "config.yaml": to_yaml(self.config).encode(),
             "tokenizer.json": self.corpora.tokenizer.to_json().encode(),
         }
-        self.checkpoints.save(self.state.step, tensors, state, files, best_loss=best_loss)
+        tensors, parts = self._tensors(), None
+        if work is not None:
+            pieces = {g: list(model.pieces(group)) for g, group in tensors.items()}
+            tensors = {g: {name: t for name, _, t in rows} for g, rows in pieces.items()}
+            parts = {g: {name: part for name, part, _ in rows} for g, rows in pieces.items()}
+        self.checkpoints.save(
+            step, tensors, state, files, best_loss=best_loss, parts=parts, work=work
+        )
 
     def track(self, figures: Mapping[str, float | None]) -> None:
         """Show the figures of this step wherever curves are wanted."""
@@ -106,19 +113,15 @@ class Run:
 
     def reserve(self) -> None:
         """Get the memory for saving ready in the background; call it after the first step."""
-        if self.runtime.is_main and not is_sharded(self.objective):
+        if self.runtime.is_main and self.stepper.model.is_whole:
             self.checkpoints.reserve(self._tensors())
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state by group and name: whole on the rank that writes files."""
-        groups = {
-            "model": self.model.state_dict(),
+        """Return what this rank has of the state, by group and name."""
+        return {
+            "model": self.stepper.model.state(),
             "optimizer": self.stepper.optimizer.named_state(),
         }
-        if not is_sharded(self.objective):
-            return groups
-        main = self.runtime.is_main
-        return {group: dict(gathered(tensors, main)) for group, tensors in groups.items()}
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -131,24 +134,33 @@ class Run:
 def announce(run: Run, precision: str) -> None:
     """Say what is about to run."""
     config, corpora, division = run.config, run.corpora, run.stepper.division
-    m, t = config.model, config.training
+    m, t, layout = config.model, config.training, run.stepper.model.layout
     tokens = {split: short_count(corpora.total(split, "tokens")) for split in ("train", "val")}
     rows = {
         "run": f"{run.folder}  (seed {config.seed})",
         "data": f"{corpora.folders}: {tokens['train']} training tokens, "
         f"{tokens['val']} validation tokens, vocabulary {corpora.vocab_size}",
         "windows": ", ".join(_windows(run)),
-        "model": f"{short_count(count_parameters(run.model))} parameters: {m.layers} layers x "
-        f"{m.dim}, {m.heads} heads, context {m.context}",
+        "model": f"{_parameters(run)}: {m.layers} layers x {m.dim}, {m.heads} heads, "
+        f"context {m.context}",
         "batch": f"{t.batch_size} sequences = {short_count(t.batch_size * m.context)} tokens: "
         f"{division.micro_batch_size} x {division.accumulation} forwards x "
-        f"{run.runtime.ranks} ranks" + f" ({run.layout})" * (run.layout.shard > 1),
+        f"{layout.data} ranks" + f" ({layout})" * (not layout.is_plain),
         "device": f"{run.runtime.device}, {torch.get_num_threads()} threads a rank, {precision}",
         "length": f"{run.steps} steps, {run.steps / run.loader.steps_per_epoch:.2f} epochs; "
         f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",
     }
     for key, value in rows.items():
         run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))
+
+
+def _parameters(run: Run) -> str:
+    """Say how many parameters there are, and with experts how many of them a token passes."""
+    total, active = (short_count(count) for count in run.parameters)
+    experts = run.config.model.experts
+    if experts is None:
+        return f"{total} parameters"
+    return f"{total} parameters ({active} active, {experts.active} of {experts.number} experts)"
 
 
 def _windows(run: Run) -> Iterator[str]:

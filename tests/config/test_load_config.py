@@ -12,6 +12,7 @@ import yaml
 from dtt.config.fields import leaves
 from dtt.config.layers import preset_names, preset_summary
 from dtt.config.load import json_schema, load_config, to_yaml
+from dtt.config.model import Experts
 from dtt.config.schema import Config
 from dtt.errors import ConfigError
 
@@ -95,6 +96,21 @@ def test_unions_nest() -> None:
 )
 def test_an_empty_section_is_empty(text: str) -> None:
     assert load(text).model_copy(update={"name": None}) == Config()
+
+
+def test_a_section_that_may_be_null_is_null_until_it_has_a_key() -> None:
+    assert load("model: {dim: 64}").model.experts is None
+    experts = "model: {experts: {number: 8, active: 4}}"
+    assert load(experts, "model: {experts: {number: 6}}").model.experts == Experts(
+        number=6, active=4
+    )
+    assert load(experts, "model:\n  experts:\n").model.experts is None
+    assert load(experts, "model: {experts: null}").model.experts is None
+    again = load(experts, "model: {experts: null}", "model: {experts: {number: 6}}")
+    assert again.model.experts == Experts(number=6)
+    assert load(model__experts__number="4").model.experts == Experts(number=4)
+    with pytest.raises(ConfigError, match=r":1: model\.experts: should be a section"):
+        load("model: {experts: 8}")
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "0.0003", ".0003", "+3e-04"])

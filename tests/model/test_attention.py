@@ -1,4 +1,4 @@
-"""Attention: blocked on the CPU against torch's, cached against uncached, padded against not."""
+"""Attention: in blocks against torch's, cached against uncached, padded against not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dtt.config.model import Learned, Model, NoPositions, Rotary
 from dtt.model.attention import Cache, visible
-from dtt.model.cpu_attention import BLOCK, blocked_attention
+from dtt.model.blocked_attention import BLOCK, blocked_attention
 from dtt.model.decoder import Decoder
+from dtt.model.dropout import AttentionDropout, Randomness, sample_keys
 
 LENGTHS = [1, 7, 255, 256, 257, 600, 1024]
 SHARING = [(2, 2), (4, 2), (3, 1)]  # query heads, key and value heads
@@ -163,14 +164,17 @@ def test_next_logits_are_the_last_ones() -> None:
     torch.testing.assert_close(found, model(tokens)[:, -1], rtol=0, atol=1e-5)
 
 
-def test_dropout_falls_on_attention_weights_in_training() -> None:
-    model = decoder({"dropout": 0.5}).train()
-    block = model.blocks[0].attention
+def test_dropout_falls_on_attention_weights() -> None:
+    block, random = decoder({}).blocks[0].attention, Randomness(0.5, layers=1)
     x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
+
+    def weights(seed: int) -> AttentionDropout | None:
+        random.keys = sample_keys(seed, range(1), x.device)
+        return random.dropouts(1, 8)[1][0].weights
+
     with torch.no_grad():
-        samples = torch.stack([block(x, None, None, None) for _ in range(2000)])
-        exact = block.eval()(x, None, None, None)
+        samples = torch.stack([block(x, None, None, None, weights(s)) for s in range(2000)])
+        exact = block(x, None, None, None)
     assert not torch.equal(samples[0], samples[1])
     error = (samples.mean(0) - exact).abs() / (samples.std(0) / 2000**0.5 + 1e-9)
     assert float(error.max()) < 5  # standard errors: dropout is unbiased

@@ -6,19 +6,21 @@ import pytest
 import torch
 from test_decoder import STYLES, decoder, random_tokens
 
-from dtt.training.objective import Objective
+from dtt.model.dropout import sample_keys
+from dtt.model.objective import Objective
 
 LENGTHS = (9, 1, 4, 10)
 
 
-def separate_and_together(model) -> tuple[torch.Tensor, torch.Tensor]:
+def separate_and_together(model, keys=None) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, targets = random_tokens(1, 24), random_tokens(1, 24).flip(1)
     edges = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     parts = [
-        Objective(model)(tokens[:, a:b], targets[:, a:b]) for a, b in itertools.pairwise(edges)
+        Objective(model)(tokens[:, a:b], targets[:, a:b], keys=keys)
+        for a, b in itertools.pairwise(edges)
     ]
-    return torch.stack(parts).sum(), Objective(model)(tokens, targets, positions)
+    return torch.stack(parts).sum(), Objective(model)(tokens, targets, positions, keys)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -43,8 +45,8 @@ def test_documents_that_are_joined_see_each_other():
 
 
 def test_isolated_documents_with_dropout_take_the_same_mask():
-    """Dropout takes another path of attention: at almost zero it must be the same function."""
+    """Dropout asks for attention in blocks: at almost zero it must be the same function."""
     model = decoder(init_std=0.2, dropout=1e-7).train()
-    torch.manual_seed(0)
-    apart, together = separate_and_together(model)
+    keys = sample_keys(0, range(1), torch.device("cpu"))
+    apart, together = separate_and_together(model, keys)
     assert float(((apart - together).abs() / apart).detach()) < 1e-5

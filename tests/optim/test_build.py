@@ -111,6 +111,18 @@ def test_steps_are_torchs(settings: Optimizer, name: str) -> None:
     assert not torch.equal(ours.embed.weight, Net().embed.weight)
 
 
+def test_muon_takes_stacks_of_experts_and_adamw_their_router() -> None:
+    shapes = {"router.weight": (4, 8), "up": (4, 16, 8), "down": (4, 8, 16), "norm": (8,)}
+    named = [(f"blocks.0.mlp.{n}", torch.nn.Parameter(torch.ones(s))) for n, s in shapes.items()]
+    muon, adamw = build_optimizer(Muon(), named).parts
+    taken = [group["param_names"] for part in (muon, adamw) for group in part.param_groups]
+    assert taken == [
+        ["blocks.0.mlp.up", "blocks.0.mlp.down"],
+        ["blocks.0.mlp.router.weight"],
+        ["blocks.0.mlp.norm"],
+    ]
+
+
 def test_muon_takes_the_matrices_in_blocks_and_adamw_the_rest() -> None:
     ours, theirs = Net(), Net()
     optimizer = build(Muon(lr=0.01), ours)

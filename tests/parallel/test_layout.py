@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from dtt.config.model import Model
 from dtt.config.parallel import Parallel
 from dtt.errors import ConfigError
 from dtt.parallel.layout import Layout, resolve
 
 
 def test_left_alone_every_rank_is_a_replica() -> None:
-    assert resolve(Parallel(), 8) == Layout(replicate=8)
-    assert resolve(Parallel(), 1) == Layout()
+    assert resolve(Parallel(), Model(), 8) == Layout(replicate=8)
+    assert resolve(Parallel(), Model(), 1) == Layout()
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_left_alone_every_rank_is_a_replica() -> None:
     ],
 )
 def test_an_axis_takes_what_is_left(settings: dict[str, int], ranks: int, layout: Layout) -> None:
-    assert resolve(Parallel(**settings), ranks) == layout
+    assert resolve(Parallel(**settings), Model(), ranks) == layout
     assert layout.ranks == ranks
 
 
@@ -39,7 +40,7 @@ def test_an_axis_takes_what_is_left(settings: dict[str, int], ranks: int, layout
 )
 def test_what_does_not_multiply_is_refused(settings: dict[str, int], ranks: int, said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        resolve(Parallel(**settings), ranks)
+        resolve(Parallel(**settings), Model(), ranks)
     assert said in error.value.what and error.value.fix
 
 

@@ -1,4 +1,5 @@
-"""Logits and gradients of the decoder against transformers' GPT-2, Llama, Qwen3 and Mistral."""
+"""Logits and gradients of the decoder against transformers' GPT-2, Llama, Qwen3, Mistral and
+their mixtures of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtt.config.model import Learned, Model, Rotary
+from dtt.config.model import Experts, Learned, Model, Rotary
 from dtt.data.loader import IGNORED
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
@@ -42,6 +43,10 @@ LLAMA = {
     "blocks.{n}.mlp.gate": ["model.layers.{n}.mlp.gate_proj"],
     "blocks.{n}.mlp.up": ["model.layers.{n}.mlp.up_proj"],
     "blocks.{n}.mlp.down": ["model.layers.{n}.mlp.down_proj"],
+    "blocks.{n}.mlp.router": ["model.layers.{n}.mlp.gate"],
+    "blocks.{n}.mlp.experts.gate": ["model.layers.{n}.mlp.experts.gate_proj"],
+    "blocks.{n}.mlp.experts.up": ["model.layers.{n}.mlp.experts.up_proj"],
+    "blocks.{n}.mlp.experts.down": ["model.layers.{n}.mlp.experts.down_proj"],
     "norm": ["model.norm"],
 }
 BASE: dict[str, Any] = {
@@ -123,6 +128,32 @@ def mistral() -> tuple[Any, Decoder, dict[str, list[str]]]:
     return transformers.MistralForCausalLM(config), ours, LLAMA
 
 
+def mixtral() -> tuple[Any, Decoder, dict[str, list[str]]]:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = transformers.MixtralConfig(
+        num_local_experts=8, num_experts_per_tok=2, rope_parameters=rope, **LLAMA_SHARED
+    )
+    ours = Decoder(Model(**LLAMA_SETTINGS, experts=Experts(number=8)))
+    return transformers.MixtralForCausalLM(config), ours, LLAMA
+
+
+def qwen3_moe(normalize: bool, every: int) -> tuple[Any, Decoder, dict[str, list[str]]]:
+    config = transformers.Qwen3MoeConfig(
+        head_dim=12,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        norm_topk_prob=normalize,
+        decoder_sparse_step=every,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        **LLAMA_SHARED,
+    )
+    experts = Experts(number=8, active=3, hidden=24, normalize=normalize, every=every)
+    settings = LLAMA_SETTINGS | {"head_dim": 12, "qk_norm": True, "experts": experts}
+    ours = Decoder(Model(**settings, positions=Rotary(theta=1e6)))
+    return transformers.Qwen3MoeForCausalLM(config), ours, LLAMA
+
+
 FAMILIES = {
     "gpt2": gpt2,
     "llama": llama,
@@ -131,15 +162,24 @@ FAMILIES = {
     "llama3": lambda: llama("llama3"),
     "qwen3": qwen3,
     "mistral": mistral,
+    "mixtral": mixtral,
+    "qwen3-moe": lambda: qwen3_moe(normalize=True, every=1),
+    "qwen3-moe-every-2": lambda: qwen3_moe(normalize=False, every=2),
 }
+
+
+FAMILIES_WITH_EXPERTS = ["mixtral", "qwen3-moe", "qwen3-moe-every-2"]
 
 
 def translate(
     theirs: dict[str, Tensor], ours: Decoder, table: dict[str, list[str]]
 ) -> dict[str, Tensor]:
     """Return tensors under our names: weights, or gradients of them."""
-    made = {}
-    for name in dict(ours.named_parameters()):
+    made, theirs = {}, dict(theirs)
+    for name in [name for name in theirs if name.endswith(".gate_up_proj")]:
+        for part, stack in zip(("gate", "up"), theirs[name].chunk(2, dim=1), strict=True):
+            theirs[name.replace(".gate_up_", f".{part}_")] = stack
+    for name, _ in ours.named_parameters():
         parts = name.split(".")
         block = parts[1] if parts[0] == "blocks" else ""
         key = name.replace(f".{block}.", ".{n}.", 1) if block else name
@@ -182,7 +222,7 @@ def test_logits(family: str, length: int) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral", *FAMILIES_WITH_EXPERTS])
 def test_gradients_of_a_summed_loss(family: str) -> None:
     theirs, ours, table = pair(family)
     tokens, targets = tokens_of(20), tokens_of(21)[:, 1:].clone()
@@ -201,7 +241,7 @@ def test_gradients_of_a_summed_loss(family: str) -> None:
         )
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral"])
+@pytest.mark.parametrize("family", ["llama3", "mistral", "mixtral"])
 def test_cached_greedy_text_is_that_of_transformers(family: str) -> None:
     from dtt.generation import Sampling, stream_tokens
 

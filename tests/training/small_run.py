@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dtt.config.load import load_config
 from dtt.config.schema import Config
@@ -28,12 +29,11 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
 from dtt.model.decoder import Decoder
+from dtt.model.objective import Objective
 from dtt.optim.build import build_optimizer
 from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import resolve
-from dtt.parallel.shard import whole
 from dtt.training.batching import divide
-from dtt.training.objective import Objective
 from dtt.training.saved import open_checkpoint
 from dtt.training.step import Stepper, StepResult
 
@@ -178,12 +178,16 @@ def build_stepper(config: Config, runtime: Runtime) -> Stepper:
     model = Decoder(settings)
     model.init_weights(torch.Generator().manual_seed(0))
     model.recompute_blocks = config.training.gradient_checkpointing
-    layout, dtype = resolve(config.parallel, runtime.ranks), torch.float32
+    layout, dtype = resolve(config.parallel, settings, runtime.ranks), torch.float32
+    division = divide(config.training, layout.data)
+    parallel = parallelize(
+        Objective(model), layout, config, runtime, dtype, division.rows, division.accumulation
+    )
     return Stepper(
-        objective=parallelize(Objective(model), model.blocks, layout, config, runtime, dtype),
-        optimizer=build_optimizer(config.optimizer, model.named_parameters()),
+        model=parallel,
+        optimizer=build_optimizer(config.optimizer, parallel.named_parameters().items()),
         runtime=runtime,
-        division=divide(config.training, runtime.ranks),
+        division=division,
         seed=config.seed,
         grad_clip=None,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -219,9 +223,9 @@ def documents_batch(rank: int = 0, ranks: int = 1) -> Batch:
 def named_results(stepper: Stepper, result: StepResult) -> dict[str, Tensor]:
     """Gradients by parameter, and what the step returned."""
     gradients = {
-        name.removeprefix("module."): whole(parameter.grad).clone()
-        for name, parameter in stepper.objective.named_parameters()
-        if parameter.grad is not None
+        name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        for name, parameter in stepper.model.named_parameters().items()
+        if (grad := parameter.grad) is not None
     }
     return gradients | {"totals": result.totals, "grad_norm": result.grad_norm}
 

@@ -324,18 +324,18 @@ def test_a_damaged_checkpoint_by_name(
 
 @pytest.mark.parametrize("words", list(COMMANDS.values()), ids=list(COMMANDS))
 def test_another_version_of_the_format(finished: Path, dtt: Dtt, words: list[str]) -> None:
-    rewrite_manifest(format=2, dtt="9.9")
-    facts = ("format version 2", "written by dtt 9.9", "reads version 1", "use dtt 9.9")
+    rewrite_manifest(format=3, dtt="9.9")
+    facts = ("format version 3", "written by dtt 9.9", "reads version 2", "use dtt 9.9")
     assert_one_line(dtt(*words), 4, *facts)
 
 
 @pytest.mark.parametrize("words", list(COMMANDS.values()), ids=list(COMMANDS))
 def test_an_unknown_key_in_a_checkpoints_config(finished: Path, dtt: Dtt, words: list[str]) -> None:
     text = Path(NEWEST, "config.yaml").read_text(encoding="utf-8")
-    changed = text.replace("model:\n", "model:\n  experts: 8\n")
+    changed = text.replace("model:\n", "model:\n  adapters: 8\n")
     rewrite_manifest(config=changed.encode())
-    line = 1 + changed.splitlines().index("  experts: 8")
-    facts = (f"config.yaml:{line}: model.experts: unknown key", "made by dtt")
+    line = 1 + changed.splitlines().index("  adapters: 8")
+    facts = (f"config.yaml:{line}: model.adapters: unknown key", "made by dtt")
     assert_one_line(dtt(*words), 4, *facts)
 
 

@@ -160,7 +160,7 @@ def test_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2, "dtt": "9.0"},
+        {"format": 3, "dtt": "9.0"},
         {"files": None},
         {"files": {"../../outside": {"size": 1, "sha256": ""}}},
         {"files": {"/etc/passwd": {"size": 1, "sha256": ""}}},
@@ -178,8 +178,8 @@ def test_manifest_of_another_version_or_made_up(tmp_path: Path, change: dict[str
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path)
     if "format" in change:
-        assert "version 2, written by dtt 9.0" in str(caught.value)
-        assert "reads version 1" in str(caught.value)
+        assert "version 3, written by dtt 9.0" in str(caught.value)
+        assert "reads version 2" in str(caught.value)
 
 
 def test_stays_readable_when_deleted(tmp_path: Path) -> None:

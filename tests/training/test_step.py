@@ -17,7 +17,11 @@ from small_run import (
 )
 from torch import Tensor
 
+from dtt.data.loader import Batch
+from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime
+from dtt.model.decoder import Decoder
+from dtt.model.experts import MoE
 from dtt.optim.schedule import learning_rate
 from dtt.training.step import Stepper
 
@@ -43,9 +47,9 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
     config = small_config({"model.dropout": "0"})
     stepper = build_stepper(config, ALONE)
     batch = synthetic_batch(0)
-    model = stepper.objective.model
+    model = stepper.model.stages[0].model
     loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
-    parameters = dict(stepper.objective.named_parameters())
+    parameters = stepper.model.named_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
     result = stepper.step(batch, 0, stop=False)
     assert result.tokens == 8 * 32
@@ -59,7 +63,7 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
 def test_documents_apart_and_padding_are_the_mean_loss_of_each_alone() -> None:
     """Against autograd on every document in a forward of its own."""
     stepper = build_stepper(small_config({"model.dropout": "0"}), ALONE)
-    batch, model = documents_batch(), stepper.objective.model
+    batch, model = documents_batch(), stepper.model.stages[0].model
     losses = [
         F.cross_entropy(model(tokens[None, a:b])[0], targets[a:b], reduction="sum")
         for row, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True))
@@ -68,7 +72,7 @@ def test_documents_apart_and_padding_are_the_mean_loss_of_each_alone() -> None:
     ]
     assert batch.count == 8 * 32 - 3 * 12
     loss = torch.stack(losses).sum() / batch.count
-    parameters = dict(stepper.objective.named_parameters())
+    parameters = stepper.model.named_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
     result = stepper.step(batch, 0, stop=False)
     assert (result.tokens, result.seen) == (batch.count, 1000)
@@ -76,25 +80,87 @@ def test_documents_apart_and_padding_are_the_mean_loss_of_each_alone() -> None:
     assert_close({n: p.grad for n, p in parameters.items()}, expected, 2e-6)
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
 @pytest.mark.parametrize("micro", ["4", "2", "1"])
-def test_accumulation_changes_nothing(micro: str) -> None:
-    assert_close(gradients(training__micro_batch_size=micro), gradients(), 1e-6)
+def test_accumulation_changes_nothing(micro: str, dropout: str) -> None:
+    """Neither the losses nor the gradients."""
+    divided = gradients(training__micro_batch_size=micro, model__dropout=dropout)
+    assert_close(divided, gradients(model__dropout=dropout), 1e-6)
+
+
+def test_dropout_changes_what_is_computed() -> None:
+    dropped, whole = gradients(model__dropout="0.1"), gradients()
+    norms = [float((dropped[n] - whole[n]).norm() / whole[n].norm()) for n in whole if "mlp" in n]
+    assert min(norms) > 0.1
+
+
+EXPERTS = {"model.experts.number": "4", "model.experts.balance_weight": "0.5"}
+
+
+def auxiliary_loss(model: Decoder, batch: Batch) -> Tensor:
+    """The balance loss of all blocks on the whole batch, from what their routers say."""
+    losses: list[Tensor] = []
+
+    def add(layer: MoE, inputs: tuple[Tensor], output: Tensor) -> None:
+        _, chosen, scores = layer.router(inputs[0])
+        losses.append(layer.auxiliary_loss(scores, F.one_hot(chosen, 4).sum((1, 2))))
+
+    hooks = [layer.register_forward_hook(add) for layer in model.experts()]
+    model(batch.tokens, batch.positions)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("micro", ["8", "2"])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_gradient_is_that_of_the_mean_loss_and_the_balance_of_experts(
+    micro: str, fp16: bool
+) -> None:
+    """The loss that is told is the cross-entropy alone."""
+    settings = EXPERTS | {"model.dropout": "0", "training.micro_batch_size": micro}
+    stepper = build_stepper(small_config(settings), ALONE)
+    stepper.scaler = torch.amp.GradScaler("cpu", enabled=fp16, init_scale=1024.0)
+    batch, model = documents_batch(), stepper.model.stages[0].model.eval()
+    logits = model(batch.tokens, batch.positions).flatten(0, 1)
+    loss = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED)
+    auxiliary = auxiliary_loss(model, batch) / batch.count
+    assert auxiliary.item() > 0.5  # two blocks, 0.5 each, where balance is perfect
+    parameters = stepper.model.named_parameters()
+    gradients_ = torch.autograd.grad(loss + auxiliary, parameters.values())
+    expected = dict(zip(parameters, gradients_, strict=True))
+    model.train()
+    result = stepper.step(batch, 0, stop=False)
+    torch.testing.assert_close(result.totals[0] / result.tokens, loss.double(), rtol=1e-6, atol=0)
+    assert_close({n: p.grad for n, p in parameters.items()}, expected, 5e-6)
+
+
+def test_an_update_balances_experts_by_their_bias() -> None:
+    settings = EXPERTS | {"model.experts.balance": "bias", "training.micro_batch_size": "2"}
+    stepper = build_stepper(small_config(settings), ALONE)
+    stepper.step(synthetic_batch(0), 0, stop=False)
+    routers = [layer.router for layer in stepper.model.stages[0].model.experts()]
+    counts = [router.counts.clone() for router in routers]
+    assert len(counts) == 2 and all(int(count.sum()) == 8 * 32 * 2 for count in counts)
+    stepper.update(1.0)
+    for router, count in zip(routers, counts, strict=True):
+        assert torch.equal(router.bias, 0.001 * torch.sign(128.0 - count))
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    """Also with dropout, whose pattern is drawn again when a block is recomputed."""
+    """Also with dropout, whose masks are computed again when a block is recomputed."""
     for dropout in ("0", "0.1"):
         config = small_config({"model.dropout": dropout})
         results = []
         for recompute in (False, True):
             stepper = build_stepper(config, ALONE)
-            stepper.objective.model.recompute_blocks = recompute
+            stepper.model.stages[0].model.recompute_blocks = recompute
             result = stepper.step(synthetic_batch(0), 0, stop=False)
             results.append(named_results(stepper, result))
         assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_dropout_is_a_function_of_seed_step_and_place() -> None:
+def test_dropout_is_a_function_of_seed_step_and_sample() -> None:
     stepper = build_stepper(small_config(), ALONE)
 
     def loss(step: int) -> float:
@@ -106,10 +172,10 @@ def test_dropout_is_a_function_of_seed_step_and_place() -> None:
     assert first != second and loss(0) == first and loss(1) == second
     stepper.seed += 1
     assert loss(0) != first
-    # The two micro-batches of a step draw different patterns, though their rows are equal.
+    # The two micro-batches of a step have different masks, though their rows are equal.
     twin = build_stepper(small_config({"training.micro_batch_size": "4"}), ALONE)
     parts: list[float] = []
-    twin.objective.register_forward_hook(lambda *call: parts.append(call[-1].item()))
+    twin.model.stages[0].register_forward_hook(lambda *call: parts.append(call[-1].item()))
     batch = synthetic_batch(0)
     rows = [0, 1, 2, 3, 0, 1, 2, 3]
     batch = replace(batch, tokens=batch.tokens[rows], targets=batch.targets[rows])
@@ -128,7 +194,7 @@ def test_ten_steps_of_a_plain_pytorch_loop() -> None:
     config = small_config({"model.dropout": "0", "optimizer.name": "adamw"})
     stepper: Stepper = build_stepper(config, ALONE)
     stepper.grad_clip = 0.5
-    model = build_stepper(config, ALONE).objective.model  # the same initial weights
+    model = build_stepper(config, ALONE).model.stages[0].model  # the same initial weights
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -152,7 +218,7 @@ def test_ten_steps_of_a_plain_pytorch_loop() -> None:
 
         assert norm > 0.5 and torch.equal(result.grad_norm, norm)
         torch.testing.assert_close(result.totals[0] / 256, loss.double(), rtol=1e-6, atol=0)
-    ours = stepper.objective.model.state_dict()
+    ours = stepper.model.stages[0].model.state_dict()
     assert all(torch.equal(ours[name], theirs) for name, theirs in model.state_dict().items())
 
 
@@ -161,4 +227,4 @@ def test_the_learning_rate_is_peak_times_factor() -> None:
     stepper.step(synthetic_batch(0), 0, stop=False)
     stepper.update(0.25)
     assert {group["lr"] for group in stepper.optimizer.param_groups} == {4e-3 * 0.25}
-    assert all(p.grad is None for p in stepper.objective.parameters())
+    assert all(p.grad is None for p in stepper.parameters)
