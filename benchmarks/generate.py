@@ -37,7 +37,7 @@ Prompts = list[list[int]]
 def decoder(shape: Shape, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> Decoder:
     """Return a random model as `load_run` prepares a trained one."""
     model = Decoder(shape.settings().model_copy(update=changes))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     return model.for_generation(torch.device(device), dtype)
 
 

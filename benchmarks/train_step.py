@@ -64,7 +64,7 @@ def dtt_stepper(
     """Build what `dtt train` builds for this model: precision, allocator and threads as it does."""
     runtime = start(Place(), device, threads)
     model = Decoder(shape.settings())
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     dtype, why = choose_precision("auto", runtime.device)
     note(f"dtt computes in {dtype}: {why}")
     model.compute_in(dtype).to(runtime.device)

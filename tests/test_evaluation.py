@@ -57,7 +57,7 @@ def corpus(data: Data) -> Corpus:
 def decoder(corpus: Corpus, **settings: Any) -> Decoder:
     shape = {"dim": 16, "layers": 1, "heads": 2, "context": CONTEXT, "init_std": 0.3}
     model = Decoder(Model(**(shape | {"vocab_size": corpus.manifest.vocab_size} | settings)))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     return model.eval()
 
 

@@ -39,7 +39,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?\n"
 def decoder(**settings: Any) -> Decoder:
     shape = {"dim": 16, "layers": 2, "heads": 2, "context": CONTEXT, "vocab_size": VOCABULARY}
     model = Decoder(Model(**(shape | {"init_std": 0.3} | settings)))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     return model.eval()
 
 

@@ -17,13 +17,10 @@ from dtt.config.model import Learned, Model, Rotary
 from dtt.model.attention import Attention, Cache, causal_mask
 from dtt.model.dropout import NO_DROPOUT, BlockDropout, Dropout, Randomness, drop
 from dtt.model.experts import MoE, Router, move_biases
+from dtt.model.initial import initial
 from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from dtt.model.positions import rotation_table
 
-RESIDUAL_OUTPUTS = (
-    *("attention.out.weight", "mlp.down.weight"),
-    *("mlp.experts.down", "mlp.shared.down.weight"),  # of experts
-)
 MaskOf = Callable[[int, torch.device, Tensor | None, Cache | None, int | None], Any]
 
 
@@ -151,17 +148,18 @@ class Decoder(nn.Module):
         weight: Tensor = found.weight  # type: ignore[assignment]
         return weight
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter: normal with init_std, residual outputs scaled by 1/sqrt(2 layers)
-        (GPT-2), norms one, biases zero."""
-        std = self.settings.init_std
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-                continue
-            residual = name.endswith(RESIDUAL_OUTPUTS)
-            scale = (2 * self.settings.layers) ** -0.5 if residual else 1.0
-            nn.init.normal_(parameter, 0.0, std * scale, generator=generator)
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter and buffer with what `initial` gives."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(initial(self.settings, seed, name, tuple(tensor.shape)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Give the buffers that no checkpoint has their first values."""
+        for experts in self.experts():
+            experts.scale.fill_(1.0)
+            experts.router.counts.zero_()
 
     def experts(self) -> Iterator[MoE]:
         """The mixtures of experts of the blocks that are here."""

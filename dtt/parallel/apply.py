@@ -21,7 +21,7 @@ from dtt.parallel.expert import divide_experts
 from dtt.parallel.layout import STAGES, Layout
 from dtt.parallel.loss import DividedLoss
 from dtt.parallel.mesh import Mesh
-from dtt.parallel.model import COPIES, EXPERT_COPIES, ParallelModel
+from dtt.parallel.model import COPIES, EXPERT_COPIES, ParallelModel, Reader
 from dtt.parallel.pipeline import Pipeline
 from dtt.parallel.shard import shard
 from dtt.parallel.tensor import divide_tensors
@@ -39,11 +39,13 @@ def parallelize(
     dtype: torch.dtype,
     rows: int,
     forwards: int,
+    weights: Reader,
 ) -> ParallelModel:
-    """Return what the layout's ranks train together, of an objective that this rank has whole.
+    """Return what the layout's ranks train together; `objective` is on the meta device.
 
     In this order: stages of a pipeline, sequences, matrices, experts, compiled blocks, then divided
-    or replicated parameters. `rows` sequences go through in so many `forwards` a step.
+    or replicated parameters, for which only now there is memory, filled with `weights`. `rows`
+    sequences go through in so many `forwards` a step.
     """
     mesh = Mesh(layout, runtime)
     found = ParallelModel(_stages(objective, mesh, config), mesh)
@@ -63,6 +65,10 @@ def parallelize(
             apart = mesh.device_mesh(EXPERT_COPIES) if layout.expert > 1 else None
             divided, reshard = mesh.device_mesh(COPIES), config.parallel.reshard
             shard(stage, stage.model.blocks, divided, dtype, reshard, apart)
+    for stage in found.stages:
+        stage.to_empty(device=runtime.device)
+        stage.model.reset()
+    found.load(weights)
     if layout.is_plain and layout.replicate > 1:
         found.called = _replicated(objective)
     if layout.pipeline > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ COPIES = ("expert", "replicate", "context")
 """Axes whose ranks have the same parameters, but for..."""
 EXPERT_COPIES = ("replicate", "context")
 """...experts."""
+
+
+class Reader(Protocol):
+    """Whole tensors, of which parts can be read."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the whole tensors by name."""
+
+    def read(self, name: str, part: Part) -> Tensor:
+        """A part of a tensor, on the CPU."""
 
 
 @dataclass
@@ -204,6 +214,12 @@ class ParallelModel:
         total = norms.square().sum().to(self.mesh.runtime.device)
         self.mesh.runtime.sum(total)
         return total.sqrt()
+
+    @torch.no_grad()
+    def load(self, weights: Reader) -> None:
+        """Take over weights, of which only this rank's parts are read."""
+        for name, mine in self.state().items():
+            local(mine).copy_(weights.read(name, self.part(name, mine)))
 
     def parts_of_state(
         self, shapes: Mapping[str, tuple[int, ...]]

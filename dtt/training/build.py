@@ -4,45 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from dtt.config.schema import Config
-from dtt.data.order import mix
-from dtt.dist import Runtime, local
+from dtt.dist import Runtime
 from dtt.model.decoder import Decoder
+from dtt.model.initial import initial
 from dtt.model.objective import Objective
 from dtt.optim.build import build_optimizer
 from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import Layout
+from dtt.parallel.model import Reader
 from dtt.parallel.part import Part
 from dtt.training.batching import divide
 from dtt.training.saved import Saved
 from dtt.training.step import Stepper
 
 
-def build_model(config: Config, runtime: Runtime, dtype: torch.dtype) -> Decoder:
-    """The initial weights depend on the seed alone: they are drawn on the CPU."""
-    model = Decoder(config.model)
-    model.init_weights(torch.Generator().manual_seed(mix(config.seed, 0) >> 1))
+def build_model(config: Config, dtype: torch.dtype) -> Decoder:
+    """Return the decoder that computes in `dtype`, on the meta device: without memory."""
+    with torch.device("meta"):
+        model = Decoder(config.model)
     model.compute_in(dtype)
     model.recompute_blocks = config.training.gradient_checkpointing
-    return model.to(runtime.device)
+    return model
 
 
 def build_stepper(
-    objective: Objective, layout: Layout, config: Config, runtime: Runtime, dtype: torch.dtype
+    model: Decoder,
+    layout: Layout,
+    config: Config,
+    runtime: Runtime,
+    dtype: torch.dtype,
+    weights: Reader | None = None,
 ) -> Stepper:
+    """Return what trains the model of `build_model`, from `weights`, or initial ones."""
     division = divide(config.training, layout.data)
-    model = parallelize(
-        objective, layout, config, runtime, dtype, division.rows, division.accumulation
+    parallel = parallelize(
+        Objective(model),
+        layout,
+        config,
+        runtime,
+        dtype,
+        division.rows,
+        division.accumulation,
+        weights or InitialWeights(config, model),
+    )
+    optimizer = build_optimizer(
+        config.optimizer, parallel.named_parameters().items(), shares=parallel.shares()
     )
     return Stepper(
-        model=model,
-        optimizer=build_optimizer(
-            config.optimizer, model.named_parameters().items(), shares=model.shares()
-        ),
+        model=parallel,
+        optimizer=optimizer,
         runtime=runtime,
         division=division,
         seed=config.seed,
@@ -51,12 +65,18 @@ def build_stepper(
     )
 
 
-class Reader(Protocol):
-    """Whole tensors, of which parts can be read."""
+class InitialWeights:
+    """The weights that a run of this seed begins with."""
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def __init__(self, config: Config, model: Decoder) -> None:
+        self._config = config
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
-    def read(self, name: str, part: Part) -> torch.Tensor: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, part: Part) -> torch.Tensor:
+        return part.take(initial(self._config.model, self._config.seed, name, part.shape))
 
 
 @dataclass(frozen=True)
@@ -73,11 +93,9 @@ class SavedGroup:
         return self.saved.part(self.group, name, part)
 
 
-def take_over(stepper: Stepper, weights: Reader, state: Reader) -> None:
-    """Go on from weights and an optimizer state; of each, only this rank's part is read."""
+def load_optimizer(stepper: Stepper, state: Reader) -> None:
+    """Take over an optimizer's state, by name; of it only this rank's parts are read."""
     model = stepper.model
-    for name, owner in model.state().items():
-        local(owner).copy_(weights.read(name, model.part(name, owner)))
     stepper.optimizer.load_named_state(
         {
             name: model.like(owner, state.read(name, part))

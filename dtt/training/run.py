@@ -21,14 +21,13 @@ from dtt.errors import ConfigError, DttError
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
-from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
-from dtt.model.objective import Objective
+from dtt.model.decoder import count_active_parameters, count_parameters
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
-from dtt.training.build import SavedGroup, build_model, build_stepper, take_over
+from dtt.training.build import SavedGroup, build_model, build_stepper, load_optimizer
 from dtt.training.checkpoint import Checkpoints
 from dtt.training.folder import (
     refuse_foreign_folder,
@@ -108,10 +107,14 @@ def _build(
     dtype, why = choose_precision(config.training.precision, runtime.device)
     if not layout.is_plain and dtype == torch.float16:
         raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
-    model = build_model(config, runtime, dtype)
+    model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
-    stepper = build_stepper(Objective(model), layout, config, runtime, dtype)
-    state = _restore(saved, config, stepper)
+    weights = None
+    if saved is not None:
+        check_weights(model, saved.shapes("model"), saved.path)
+        weights = SavedGroup(saved, "model")
+    stepper = build_stepper(model, layout, config, runtime, dtype, weights)
+    state = _restore(saved, stepper)
     metrics = None
     if runtime.is_main:
         if fresh:
@@ -265,12 +268,10 @@ def _steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _restore(saved: Saved | None, config: Config, stepper: Stepper) -> TrainState:
+def _restore(saved: Saved | None, stepper: Stepper) -> TrainState:
     if saved is None:
         return TrainState()
-    with torch.device("meta"):
-        check_weights(Decoder(config.model), saved.shapes("model"), saved.path)
-    take_over(stepper, SavedGroup(saved, "model"), SavedGroup(saved, "optimizer"))
+    load_optimizer(stepper, SavedGroup(saved, "optimizer"))
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
     return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])

@@ -26,10 +26,9 @@ from dtt.config.schema import Config
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as meet
 from dtt.errors import PeerError
-from dtt.model.objective import Objective
 from dtt.parallel.layout import resolve
 from dtt.parallel.part import Part
-from dtt.training.build import build_model, build_stepper, take_over
+from dtt.training.build import build_model, build_stepper, load_optimizer
 from dtt.verification import cases as sizes
 from dtt.verification.cases import Case, batch, small
 
@@ -46,8 +45,8 @@ def train(
     optimizer state; and which parts they are.
     """
     layout = resolve(config.parallel, config.model, runtime.ranks)
-    whole = build_model(config, runtime, torch.float32)
-    stepper = build_stepper(Objective(whole), layout, config, runtime, torch.float32)
+    whole = build_model(config, torch.float32)
+    stepper = build_stepper(whole, layout, config, runtime, torch.float32)
     model = stepper.model
     found: dict[str, Tensor] = {}
     parts: dict[str, Part] = {}
@@ -60,8 +59,8 @@ def train(
     losses, norms = [], []
     for step in range(sizes.STEPS):
         if alone is not None and step:
-            groups = (Whole(alone, f"{step - 1}.{group}.") for group in ("model", "optimizer"))
-            take_over(stepper, *groups)
+            model.load(Whole(alone, f"{step - 1}.model."))
+            load_optimizer(stepper, Whole(alone, f"{step - 1}.optimizer."))
         share = batch(step, layout.data_rank(runtime.rank), layout.data)
         result = stepper.step(share, step, stop=False)
         losses.append(result.totals[0] / share.count)
@@ -78,7 +77,7 @@ def train(
 
 @dataclass(frozen=True)
 class Whole:
-    """Those of a dictionary's tensors whose names have a prefix, for `take_over`."""
+    """Those of a dictionary's tensors whose names have a prefix, as a Reader."""
 
     tensors: Mapping[str, Tensor]
     prefix: str

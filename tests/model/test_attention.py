@@ -115,7 +115,7 @@ VARIANTS = [
 def decoder(settings: dict[str, Any]) -> Decoder:
     base = {"dim": 32, "layers": 2, "heads": 4, "vocab_size": 61, "init_std": 0.25}
     model = Decoder(Model(**(base | {"context": CONTEXT, "qk_norm": True} | settings)))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     return model.eval()
 
 

@@ -43,7 +43,7 @@ def decoder(**settings: Any) -> Decoder:
     """A small decoder with weights large enough that every path shows in the logits."""
     shape = {"dim": 32, "layers": 2, "heads": 4, "context": 24, "vocab_size": 61}
     model = Decoder(Model(**(shape | {"init_std": 0.25} | settings)))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.init_weights(0)
     return model.eval()
 
 

@@ -28,12 +28,8 @@ from dtt.data.loader import Batch
 from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
-from dtt.model.decoder import Decoder
-from dtt.model.objective import Objective
-from dtt.optim.build import build_optimizer
-from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import resolve
-from dtt.training.batching import divide
+from dtt.training import build
 from dtt.training.saved import open_checkpoint
 from dtt.training.step import Stepper, StepResult
 
@@ -175,23 +171,12 @@ def step_on_rank(
 def build_stepper(config: Config, runtime: Runtime) -> Stepper:
     """A model of 64 tokens with its optimizer, as a run builds them; gradients are not clipped."""
     settings = config.model.model_copy(update={"vocab_size": 64})
-    model = Decoder(settings)
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.recompute_blocks = config.training.gradient_checkpointing
-    layout, dtype = resolve(config.parallel, settings, runtime.ranks), torch.float32
-    division = divide(config.training, layout.data)
-    parallel = parallelize(
-        Objective(model), layout, config, runtime, dtype, division.rows, division.accumulation
-    )
-    return Stepper(
-        model=parallel,
-        optimizer=build_optimizer(config.optimizer, parallel.named_parameters().items()),
-        runtime=runtime,
-        division=division,
-        seed=config.seed,
-        grad_clip=None,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+    config = config.model_copy(update={"model": settings})
+    layout = resolve(config.parallel, settings, runtime.ranks)
+    model = build.build_model(config, torch.float32)
+    stepper = build.build_stepper(model, layout, config, runtime, torch.float32)
+    stepper.grad_clip = None
+    return stepper
 
 
 def synthetic_batch(step: int, rank: int = 0, ranks: int = 1) -> Batch:
