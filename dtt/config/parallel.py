@@ -29,6 +29,9 @@ class Parallel(Section):
     reshard: bool = True
     """With shard: give a block's parameters up after its forward, and gather them again for its
     backward; false needs more memory and less communication."""
+    offload: bool = False
+    """With shard: keep divided parameters, gradients and optimizer state in CPU memory, where the
+    optimizer then works; a block's parameters come to the GPU when they are needed."""
     tensor: Axis = 1
     """Ranks that divide every matrix product, and the sequences between them; -1: those left."""
     context: Axis = 1

@@ -39,7 +39,14 @@ class Training(Section):
     compile: bool = False
     """torch.compile each block (tens of seconds at the start; needs a C++ compiler on CPUs)."""
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    recompute: Literal["full", "selective"] = "full"
+    """With gradient_checkpointing: all of a block, or only what is cheap (no products, no
+    attention)."""
+    recompute_every: int = Field(1, gt=0)
+    """With gradient_checkpointing: one block of so many is recomputed."""
+    fp8: bool = False
+    """Multiply the matrices of blocks in fp8 (needs a GPU of compute capability 8.9 or more)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto: cuda, then mps, then cpu."""
     threads: int | None = Field(None, gt=0)

@@ -43,7 +43,9 @@ class BlockedAttention(torch.autograd.Function):
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             seen = before + stop
-            mask = _future(stop - start, seen, q.dtype, q.device)
+            # A graph that torch.compile traces has no use for the cache, and says so.
+            future = _future.__wrapped__ if torch.compiler.is_compiling() else _future
+            mask = future(stop - start, seen, q.dtype, q.device)
             transposed = k[:, :seen].transpose(1, 2)
             scores = torch.baddbmm(mask, q[:, start:stop], transposed, alpha=scale)
             if hidden is not None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dtt.config.model import Learned, Model, Rotary
 from dtt.model.attention import Attention, Cache, causal_mask
@@ -20,6 +19,7 @@ from dtt.model.experts import MoE, Router, move_biases
 from dtt.model.initial import initial
 from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from dtt.model.positions import rotation_table
+from dtt.model.recompute import Recompute
 
 MaskOf = Callable[[int, torch.device, Tensor | None, Cache | None, int | None], Any]
 
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
             raise ValueError("vocab_size must be resolved before a model is built")
         self.settings = settings
         self.compute_dtype = torch.float32
-        self.recompute_blocks = False
+        self.recompute: Recompute | None = None
         self.mask_of: MaskOf = causal_mask
         self.sequence_shares = 1
         self.randomness = Randomness(settings.dropout, settings.layers)
@@ -210,13 +210,10 @@ class Decoder(nn.Module):
         if self.embed is not None:
             x = drop(self._embedded(self.embed, tokens, positions), first)
         rotation = self._rotation(length, positions, device)
-        for block, dropout in zip(self.blocks, inside, strict=True):
+        for index, (block, dropout) in enumerate(zip(self.blocks, inside, strict=True)):
             inputs = (x, rotation, cache, mask, dropout)
-            if self.recompute_blocks and self.training:
-                # Nothing in a block draws from torch's generators.
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*inputs)
+            again = self.recompute if self.training else None
+            x = block(*inputs) if again is None else again(index, block, inputs)
         if cache is not None:
             cache.length += length
         return x if self.norm is None else self.norm(x).to(self.compute_dtype)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b in the type of x."""
+    """y = x W^T + b in the type of x; `product` multiplies."""
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return self.product(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):

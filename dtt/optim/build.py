@@ -153,7 +153,8 @@ def clip_gradients(
     # Reading a number is free on a CPU, and there most of the time went into multiplying by 1.
     if norm.device.type == "cpu" and scale >= 1:
         return norm
-    torch._foreach_mul_([local(gradient) for gradient in gradients], scale.clamp(max=1.0))
+    mine = [local(gradient) for gradient in gradients]
+    torch._foreach_mul_(mine, scale.clamp(max=1.0).to(mine[0].device))
     return norm
 
 

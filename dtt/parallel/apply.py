@@ -63,10 +63,10 @@ def parallelize(
         stage.train()
         if not layout.is_plain and (layout.shard > 1 or mesh.size(*COPIES) > 1):
             apart = mesh.device_mesh(EXPERT_COPIES) if layout.expert > 1 else None
-            divided, reshard = mesh.device_mesh(COPIES), config.parallel.reshard
-            shard(stage, stage.model.blocks, divided, dtype, reshard, apart)
+            divided = mesh.device_mesh(COPIES)
+            shard(stage, stage.model.blocks, divided, dtype, config.parallel, apart)
     for stage in found.stages:
-        stage.to_empty(device=runtime.device)
+        stage.to_empty(device="cpu" if config.parallel.offload else runtime.device)
         stage.model.reset()
     found.load(weights)
     if layout.is_plain and layout.replicate > 1:

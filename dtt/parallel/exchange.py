@@ -86,13 +86,18 @@ def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
     return found
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter], group: ProcessGroup) -> None:
-    """Sum the gradients of parameters of which each rank has a copy and a share of the gradient."""
+def sum_gradients(
+    parameters: list[torch.nn.Parameter], group: ProcessGroup, device: torch.device
+) -> None:
+    """Sum the gradients of parameters of which each rank has a copy and a share of the gradient.
+
+    On `device`, which the group can exchange, wherever they are.
+    """
     found = [p.grad for p in parameters if p.grad is not None]
     tensors: list[Tensor] = [g.to_local() if hasattr(g, "to_local") else g for g in found]
     if not tensors:
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device)
     dist.all_reduce(flat, group=group)
     start = 0
     for tensor in tensors:

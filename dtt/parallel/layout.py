@@ -96,6 +96,11 @@ def resolve(settings: Parallel, model: Model, ranks: int) -> Layout:
                 f"{what} ({number}) is not divisible by {by} ({size})",
                 f"the layout is {layout}: change one of the two",
             )
+    if settings.offload and layout.shard == 1:
+        raise ConfigError(
+            "parallel.offload moves what parallel.shard has divided, and shard is 1",
+            "set parallel.shard, or parallel.offload to false",
+        )
     if layout.expert > 1 and model.experts is None:
         raise ConfigError(
             f"parallel.expert is {layout.expert}, and the model has no experts",

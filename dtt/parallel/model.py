@@ -154,7 +154,8 @@ class ParallelModel:
             loss = self._accumulate(tokens, given, scale, forwards)
         named = self.named_parameters()
         for group, names in self.summed:
-            sum_gradients([named[name] for name in names], group)
+            device = self.mesh.runtime.device
+            sum_gradients([named[name] for name in names], group, device)
         return loss if self.counts_loss else torch.zeros_like(loss)
 
     def _accumulate(

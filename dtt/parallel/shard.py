@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
+from dtt.config.parallel import Parallel
 from dtt.model.experts import Router, Stacks
 
 
@@ -23,15 +30,19 @@ def shard(
     blocks: Iterable[nn.Module],
     mesh: DeviceMesh,
     dtype: torch.dtype,
-    reshard: bool,
+    parallel: Parallel,
     experts_mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Divide the parameters of `objective` over `mesh`, those of each block apart; return it.
 
-    They are gathered in `dtype`, but for routers, and gradients are summed in fp32. With `reshard`
-    a block's parameters are given up after its forward and gathered again for its backward.
-    Experts are divided over a mesh of their own, where ranks have different ones.
+    They are gathered in `dtype`, but for routers, and gradients are summed in fp32. With
+    `parallel.reshard` a block's parameters are given up after its forward and gathered again for
+    its backward; with `parallel.offload` they are in CPU memory otherwise. Experts are divided over
+    a mesh of their own, where ranks have different ones.
     """
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": parallel.reshard}
+    if parallel.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = exact
     if dtype != torch.float32:
@@ -41,13 +52,11 @@ def shard(
             continue
         for module in block.modules():
             if isinstance(module, Router) and policy is not exact:
-                fully_shard(module, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
+                fully_shard(module, mp_policy=exact, **options)
             if isinstance(module, Stacks) and experts_mesh is not None:
-                fully_shard(
-                    module, mesh=experts_mesh, mp_policy=policy, reshard_after_forward=reshard
-                )
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+                fully_shard(module, mp_policy=policy, **(options | {"mesh": experts_mesh}))
+        fully_shard(block, mp_policy=policy, **options)
+    fully_shard(objective, mp_policy=policy, **(options | {"reshard_after_forward": False}))
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -10,8 +10,10 @@ import torch
 from dtt.config.schema import Config
 from dtt.dist import Runtime
 from dtt.model.decoder import Decoder
+from dtt.model.fp8 import use_fp8
 from dtt.model.initial import initial
 from dtt.model.objective import Objective
+from dtt.model.recompute import Recompute
 from dtt.optim.build import build_optimizer
 from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import Layout
@@ -27,7 +29,11 @@ def build_model(config: Config, dtype: torch.dtype) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config.model)
     model.compute_in(dtype)
-    model.recompute_blocks = config.training.gradient_checkpointing
+    settings = config.training
+    if settings.gradient_checkpointing:
+        model.recompute = Recompute(settings.recompute == "selective", settings.recompute_every)
+    if settings.fp8:
+        use_fp8(model.blocks)
     return model
 
 

@@ -142,7 +142,7 @@ def fit(run: Run) -> TrainState:
 def _refuse_bad_weights(run: Run) -> None:
     """The loss of the next step would show it, but a checkpoint is written before that."""
     parts = [local(parameter) for parameter in run.stepper.parameters]
-    bad = (~get_total_norm(parts, math.inf).isfinite()).float()
+    bad = (~get_total_norm(parts, math.inf).isfinite()).float().to(run.runtime.device)
     if run.runtime.sum(bad).item():
         raise NumericError(f"step {run.state.step}: its update made weights not finite", CALM)
 

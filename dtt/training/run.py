@@ -22,6 +22,7 @@ from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
 from dtt.model.decoder import count_active_parameters, count_parameters
+from dtt.model.fp8 import refuse_without_fp8
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
 from dtt.precision import choose_precision
@@ -107,6 +108,7 @@ def _build(
     dtype, why = choose_precision(config.training.precision, runtime.device)
     if not layout.is_plain and dtype == torch.float16:
         raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
+    _refuse_settings(config, runtime.device)
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
     weights = None
@@ -144,6 +146,17 @@ def _build(
     )
     announce(run, f"{dtype} ({why})")
     return run
+
+
+def _refuse_settings(config: Config, device: torch.device) -> None:
+    """Raise ConfigError for what this device cannot do."""
+    if config.training.fp8:
+        refuse_without_fp8(device)
+    if config.parallel.offload and config.optimizer.name == "muon" and device.type != "cpu":
+        raise ConfigError(
+            "parallel.offload has the optimizer work on the CPU, which is too slow for muon",
+            "use optimizer.name adamw, or leave offload off",
+        )
 
 
 def _require_trackers(config: Config) -> None:

@@ -9,6 +9,7 @@ from test_experts import experts, states
 from torch import Tensor
 
 from dtt.model.experts import MoE, move_biases
+from dtt.model.recompute import Recompute
 
 
 def balance_by_formula(layer: MoE, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def test_recomputed_blocks_give_the_same_gradients_bitwise(balance: str) -> None
     results, style = [], {"experts": {"number": 8, "balance": balance, "balance_weight": 0.5}}
     for recompute in (False, True):
         model = decoder(**style).train()
-        model.recompute_blocks = recompute
+        model.recompute = Recompute() if recompute else None
         model.scale_auxiliary(torch.tensor(0.3))
         loss = model(random_tokens(2, 24)).square().mean()
         loss.backward()

@@ -12,6 +12,7 @@ from dtt.config.load import load_config
 from dtt.config.model import Learned, Model, NoPositions, Rotary
 from dtt.model.decoder import Decoder, count_parameters
 from dtt.model.dropout import sample_keys
+from dtt.model.recompute import Recompute
 
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -138,7 +139,7 @@ def test_recomputed_blocks_give_the_same_gradients_bitwise(dropout: float) -> No
     results = []
     for recompute in (False, True):
         model = decoder(dropout=dropout).train()
-        model.recompute_blocks = recompute
+        model.recompute = Recompute() if recompute else None
         model.randomness.keys = sample_keys(5, range(2), torch.device("cpu"))
         loss = model(random_tokens(2, 24)).square().mean()
         loss.backward()

@@ -23,6 +23,7 @@ from dtt.model.dropout import (
     kept,
     sample_keys,
 )
+from dtt.model.recompute import Recompute
 
 CPU = torch.device("cpu")
 RATES = [0.01, 0.1, 0.5, 0.9]
@@ -253,7 +254,7 @@ def test_parts_of_a_model_drop_what_the_whole_drops(recompute: bool) -> None:
     found = []
     for rows in (range(2), range(2, 4)):
         for part in (first, last):
-            part.recompute_blocks = recompute
+            part.recompute = Recompute() if recompute else None
             part.randomness.keys = sample_keys(7, rows, CPU)
         found.append(last.hidden(first.hidden(tokens[rows.start : rows.stop])))
     torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-5)

@@ -87,7 +87,7 @@ def test_a_missing_reduction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtt.parallel.model.sum_gradients", lambda parameters, group: None)
+    monkeypatch.setattr("dtt.parallel.model.sum_gradients", lambda *arguments: None)
 
 
 def split_heads_twice(monkeypatch: pytest.MonkeyPatch) -> None:

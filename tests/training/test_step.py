@@ -22,6 +22,7 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime
 from dtt.model.decoder import Decoder
 from dtt.model.experts import MoE
+from dtt.model.recompute import Recompute
 from dtt.optim.schedule import learning_rate
 from dtt.training.step import Stepper
 
@@ -154,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         results = []
         for recompute in (False, True):
             stepper = build_stepper(config, ALONE)
-            stepper.model.stages[0].model.recompute_blocks = recompute
+            stepper.model.stages[0].model.recompute = Recompute() if recompute else None
             result = stepper.step(synthetic_batch(0), 0, stop=False)
             results.append(named_results(stepper, result))
         assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
