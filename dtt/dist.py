@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -72,6 +72,22 @@ class Runtime:
             raise OtherRankError(outcome[1])
         result: T = outcome[0]
         return result
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raise ConfigError, on all ranks, if a fact is not the same on every one of them."""
+        if self.ranks == 1:
+            return
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, dict(facts))
+        for name in facts:
+            values = [each[name] for each in found]
+            other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+            if other is not None:
+                raise ConfigError(
+                    f"ranks differ in their {name}: {values[0]} on rank 0, {values[other]} on "
+                    f"rank {other}",
+                    "start all of them from one environment, with the same command",
+                )
 
     def close(self) -> None:
         """Leave the process group; call before the process ends well."""

@@ -15,6 +15,9 @@ from dtt.model.dropout import AttentionDropout
 from dtt.model.layers import Linear, RMSNorm
 from dtt.model.positions import rotate
 
+MOST_SCORES = 1 << 29
+"""On a CPU attention in blocks is fastest, but it keeps half of so many scores for each layer; for
+more than these the fused one is used, which keeps none."""
 Attend = Callable[[Tensor, Tensor, Tensor, Any, AttentionDropout | None], Tensor]
 
 
@@ -110,6 +113,10 @@ def causal_mask(
     return visible(places[:, None], places, window)
 
 
+def _scores(q: Tensor, k: Tensor) -> int:
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: AttentionDropout | None = None
 ) -> Tensor:
@@ -119,7 +126,8 @@ def attend(
     may have fewer, shared heads. `dropout` has the Q columns of these queries.
     """
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
-    if dropout is not None or (q.device.type == "cpu" and length > 1):
+    in_blocks = q.device.type == "cpu" and length > 1 and _scores(q, k) <= MOST_SCORES
+    if dropout is not None or in_blocks:
         return blocked_attention(q, k, v, mask, dropout)
     bias: Any = mask
     if mask is None and 1 < length < k.shape[2]:

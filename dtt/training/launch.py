@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 from torch.distributed import DistError
 
 from dtt.config.load import named
@@ -42,6 +44,7 @@ from dtt.training.loop import closing_lines, fit
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import exit_on_preemption
 from dtt.training.run import open_run
+from dtt.version import __version__
 
 GRACE = 10.0
 """Seconds that the other workers have to end by themselves when one has failed."""
@@ -72,6 +75,13 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
         )
     divide(config.training, resolve(config.parallel, config.model, place.ranks).data)
     runtime = start(place, config.training.device, config.training.threads)
+    runtime.agree(
+        {
+            "version of dtt": __version__,
+            "version of PyTorch": torch.__version__,
+            "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
+        }
+    )
     begun = time.perf_counter()
     with open_run(config, runtime, str(resume) if resume else None, fresh) as run:
         if run.state.step >= run.steps:
