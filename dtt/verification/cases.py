@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dtt.config.model import Experts, Model, Rotary
+from dtt.config.parallel import AXES, DATA_AXES, Parallel
 from dtt.config.schema import Config
 from dtt.data.loader import Batch
 from dtt.data.windows import IGNORED
@@ -66,9 +67,29 @@ CASES = (
 )
 
 
-def cases_for(model: Model) -> list[Case]:
-    """Return the cases for a model: those of experts for a mixture of them."""
-    return [case for case in CASES if model.experts or "expert" not in case.parallel]
+def cases_for(config: Config) -> list[Case]:
+    """Return the cases for a configuration: those of experts for a mixture of them, and its own
+    layout with two ranks along each axis that it uses."""
+    found = [case for case in CASES if config.model.experts or "expert" not in case.parallel]
+    own = _own(config)
+    if own is not None and all(own.parallel != case.parallel for case in found):
+        found.append(own)
+    return sorted(found, key=lambda case: case.ranks)
+
+
+def _own(config: Config) -> Case | None:
+    settings = config.parallel
+    axes = [name for name in AXES if getattr(settings, name) not in (None, 1)]
+    if not axes:
+        return None
+    parallel: dict[str, int | bool | str] = dict.fromkeys(axes, 2)
+    for name in ("reshard", "schedule", "offload"):
+        if getattr(settings, name) != Parallel.model_fields[name].default:
+            parallel[name] = getattr(settings, name)
+    shares = 2 ** sum(name in DATA_AXES for name in axes)
+    name = " x ".join(axes) + ", as configured"
+    micro = SEQUENCES // shares // (2 if "pipeline" in axes and shares < SEQUENCES else 1)
+    return Case(name, 2 ** len(axes), parallel, micro, *LOOSE)
 
 
 def shrink(model: Model) -> Model:

@@ -70,7 +70,7 @@ def _apart(found: Tensor, alone: Tensor) -> float:
 
 def verify(config: Config, advance: Advance = silent) -> Iterator[tuple[Case, Difference | str]]:
     """Yield each case with its difference from one process, or why this model does not go so."""
-    wanted, done = cases_for(config.model), 0
+    wanted, done = cases_for(config), 0
     advance("training on 1 rank", done, len(wanted))
     (alone,) = run(config, [ALONE])
     for ranks, group in itertools.groupby(wanted, lambda case: case.ranks):

@@ -14,13 +14,15 @@ from dtt.config.layers import preset_names
 from dtt.config.load import load_config
 from dtt.config.model import Model
 from dtt.config.optim import AdamW, Muon, Sgd
+from dtt.config.parallel import Parallel
 from dtt.config.schema import Config
 from dtt.errors import NumericError
 from dtt.parallel import tensor
 from dtt.parallel.context import Share
+from dtt.parallel.layout import resolve
 from dtt.parallel.pipeline import Pipeline
 from dtt.verification import cases, report
-from dtt.verification.cases import ALONE, LOOSE, Case, cases_for, shrink
+from dtt.verification.cases import ALONE, LOOSE, Case, cases_for, shrink, small
 from dtt.verification.report import Difference, compare, verify_command
 from dtt.verification.training import run
 
@@ -60,7 +62,7 @@ def test_every_preset_trains_alike_in_every_layout(
     )
     assert verify_command(config) == 0
     shown = capsys.readouterr().out
-    going = cases_for(config.model)
+    going = cases_for(config)
     refused = sum("PP" in case.name for case in going) if config.model.tied_head else 0
     assert shown.count(" refused") == refused
     assert shown.count(" same") == len(going) - refused and "DIFFERS" not in shown
@@ -70,9 +72,19 @@ def test_dropout_is_the_same_in_every_layout(capsys: pytest.CaptureFixture[str])
     config = Config(model=Model(dropout=0.1))
     assert shrink(config.model).dropout == 0.1
     assert verify_command(config) == 0
-    assert capsys.readouterr().out.count(" same") == len(cases_for(config.model))
+    assert capsys.readouterr().out.count(" same") == len(cases_for(config))
     (found,), (other,) = run(config, [ALONE]), run(Config(), [ALONE])
     assert compare(found, other).gradient > 0.1  # it did act
+
+
+def test_the_layout_that_is_asked_for_is_a_case() -> None:
+    parallel = Parallel(replicate=3, tensor=4, pipeline=-1, schedule="interleaved")
+    (own,) = [c for c in cases_for(Config(parallel=parallel)) if c.name.endswith("configured")]
+    axes = {"pipeline": 2, "replicate": 2, "tensor": 2}
+    assert (own.ranks, own.parallel) == (8, axes | {"schedule": "interleaved"})
+    model = shrink(Config().model)
+    assert resolve(small(Config(), own).parallel, model, own.ranks).data * own.micro == 4
+    assert cases_for(Config()) == cases_for(Config(parallel=Parallel(tensor=8)))  # there already
 
 
 def test_a_missing_reduction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,4 +170,4 @@ def test_a_layout_that_differs_ends_with_the_code_of_numbers(
     with pytest.raises(NumericError) as error:
         verify_command(Config())
     assert "embed.weight, step 2 is 5.0e-01 off" in error.value.what
-    assert capsys.readouterr().out.count("DIFFERS") == len(cases_for(Model()))
+    assert capsys.readouterr().out.count("DIFFERS") == len(cases_for(Config()))
