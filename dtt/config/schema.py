@@ -31,7 +31,8 @@ class Training(Section):
     micro_batch_size: int | None = Field(None, gt=0)
     """Sequences per rank per forward; null: as many as the accumulation asks for."""
     accumulation: int | None = Field(None, gt=0)
-    """Forwards per optimizer step on each rank; null: batch_size / (micro_batch_size x ranks)."""
+    """Forwards per optimizer step on each rank; null: batch_size / (micro_batch_size x ranks), and
+    without that 1, or in a pipeline twice its ranks where the batch allows."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest gradient norm; null: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

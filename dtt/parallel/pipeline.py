@@ -20,6 +20,8 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from dtt.errors import ConfigError
+
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
@@ -62,12 +64,19 @@ class Pipeline:
         self.is_last = any(stage.is_last for stage in made)
         self._is_first = any(stage.is_first for stage in made)
         several = schedule in ("interleaved", "zero-bubble")
-        self._schedule = SCHEDULES[schedule](
-            made if several else made[0],
-            n_microbatches=forwards,
-            loss_fn=lambda loss, target: loss * self._scale,
-            scale_grads=False,
-        )
+        try:
+            self._schedule = SCHEDULES[schedule](
+                made if several else made[0],
+                n_microbatches=forwards,
+                loss_fn=lambda loss, target: loss * self._scale,
+                scale_grads=False,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"parallel.schedule {schedule} with {number} stages and {forwards} forwards a "
+                f"step: {str(error).rstrip('.')}",
+                "change training.accumulation or training.micro_batch_size",
+            ) from None
 
     def train(self, tokens: Tensor, given: dict[str, Tensor], scale: Tensor | float) -> Tensor:
         """Go forward and backward with the loss times `scale`; return the loss on the last rank,

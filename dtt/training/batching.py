@@ -21,15 +21,20 @@ class Division:
         return self.micro_batch_size * self.accumulation
 
 
-def divide(training: Training, ranks: int) -> Division:
-    """Return how `training.batch_size` is divided; ConfigError with the arithmetic if it is not."""
+def divide(training: Training, ranks: int, pipeline: int = 1) -> Division:
+    """Return how `training.batch_size` is divided; ConfigError with the arithmetic if it is not.
+
+    Left alone it is one forward; in a pipeline twice as many as it has ranks, or as many, so that
+    they have something to do at the same time.
+    """
     batch, micro, forwards = (
         training.batch_size,
         training.micro_batch_size,
         training.accumulation,
     )
     if micro is None and forwards is None:
-        forwards = 1
+        twice = pipeline > 1 and batch % (2 * pipeline * ranks) == 0
+        forwards = pipeline * (2 if twice else 1)
     if micro is None:
         assert forwards is not None
         if batch % (forwards * ranks):

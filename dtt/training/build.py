@@ -46,7 +46,7 @@ def build_stepper(
     weights: Reader | None = None,
 ) -> Stepper:
     """Return what trains the model of `build_model`, from `weights`, or initial ones."""
-    division = divide(config.training, layout.data)
+    division = divide(config.training, layout.data, layout.pipeline)
     parallel = parallelize(
         Objective(model),
         layout,

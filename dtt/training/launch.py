@@ -73,7 +73,8 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
             f"parallel.world_size is {config.parallel.world_size}, but this is one process",
             "start workers with `dtt train` or torchrun",
         )
-    divide(config.training, resolve(config.parallel, config.model, place.ranks).data)
+    layout = resolve(config.parallel, config.model, place.ranks)
+    divide(config.training, layout.data, layout.pipeline)
     runtime = start(place, config.training.device, config.training.threads)
     runtime.agree(
         {
@@ -104,7 +105,8 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
     """Train, with as many workers as the configuration asks for, and return the exit code."""
     place, workers = find_place(os.environ), config.parallel.world_size
     if place.launcher == "none" and workers > 1:
-        divide(config.training, resolve(config.parallel, config.model, workers).data)
+        layout = resolve(config.parallel, config.model, workers)
+        divide(config.training, layout.data, layout.pipeline)
         return _run_workers(config, workers, resume, fresh)
     if place.ranks > 1:
         leave(_rank(config, resume, fresh, place.rank == 0))

@@ -60,7 +60,7 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
         yield _build(config, runtime, folder, reporter, resume, fresh)
         return
     layout = resolve(config.parallel, config.model, runtime.ranks)
-    divide(config.training, layout.data)  # refuse before anything is touched
+    divide(config.training, layout.data, layout.pipeline)  # refuse before anything is touched
     is_new = not folder.exists()
     with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)
