@@ -163,6 +163,8 @@ class Decoder(nn.Module):
 
     def experts(self) -> Iterator[MoE]:
         """The mixtures of experts of the blocks that are here."""
+        if self.settings.experts is None:
+            return iter(())
         return (module for module in self.modules() if isinstance(module, MoE))
 
     def scale_auxiliary(self, scale: Tensor | float) -> None:

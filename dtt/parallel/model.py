@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -83,13 +84,13 @@ class ParallelModel:
         """Whether this rank can compute the model without the others."""
         return self.layout.is_plain
 
-    @property
+    @cached_property
     def counts_loss(self) -> bool:
         """Whether the losses that this rank returns count; others return the same or none."""
         is_last = self.pipeline is None or self.pipeline.is_last
         return self.mesh.is_first("tensor") and is_last
 
-    @property
+    @cached_property
     def counts_data(self) -> bool:
         """Whether this rank is the first of those that have the same sequences."""
         return self.mesh.is_first("pipeline", "context", "tensor")
@@ -152,10 +153,10 @@ class ParallelModel:
             loss = self.pipeline.train(tokens, given, scale)
         else:
             loss = self._accumulate(tokens, given, scale, forwards)
-        named = self.named_parameters()
-        for group, names in self.summed:
-            device = self.mesh.runtime.device
-            sum_gradients([named[name] for name in names], group, device)
+        if self.summed:
+            named, device = self.named_parameters(), self.mesh.runtime.device
+            for group, names in self.summed:
+                sum_gradients([named[name] for name in names], group, device)
         return loss if self.counts_loss else torch.zeros_like(loss)
 
     def _accumulate(
