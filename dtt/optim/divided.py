@@ -37,7 +37,7 @@ def zeropower_divided(updates: Tensor, shares: tuple[Shares, ...], steps: int) -
     ranks, me, count = dist.get_world_size(group), dist.get_rank(group), len(updates)
     owned = [len(range(rank, count, ranks)) for rank in range(ranks)]
     mine = updates.bfloat16()
-    across = mine[0].numel() // max(mine.shape[dim], 1)
+    across = mine.shape[3 - dim]
     sent = torch.cat([mine[rank::ranks].reshape(-1) for rank in range(ranks)])
     sizes_out = [owned[rank] * sizes[me] * across for rank in range(ranks)]
     sizes_in = [owned[me] * sizes[rank] * across for rank in range(ranks)]

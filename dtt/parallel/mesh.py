@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -73,11 +72,3 @@ class Mesh:
             found.reshape(-1, self.layout.shard),
             mesh_dim_names=("copies", "shard"),
         )
-
-
-def coordinates_of(layout: Layout) -> list[dict[str, int]]:
-    """Return the coordinates of all ranks."""
-    return [
-        dict(zip(AXES, each, strict=True))
-        for each in itertools.product(*(range(size) for size in layout.sizes))
-    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ def write_parts(work: Path, rank: int, ranks: int, groups: Mapping[str, Group]) 
     """Write a rank's tensors, a file per group; of several ranks, their names say whose it is."""
     found = {}
     for group, content in groups.items():
-        middle = f"-{rank + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
-        name = f"{group}{middle}.safetensors"
+        name = _file(group, rank, ranks)
         found[group] = (name, *write_tensors(work / name, content))
     return Report(found)
 
@@ -44,8 +44,13 @@ def contribute(work: Path, rank: int, ranks: int, groups: Mapping[str, Group]) -
     """Write a rank's parts and report them to the first rank, or why it could not."""
     try:
         done: Any = write_parts(work, rank, ranks, groups).files
-    except DttError as error:
-        done = {"error": error.what, "fix": error.fix}
+    except Exception as error:  # whatever it is, the first rank waits for a report
+        done = {"error": repr(error), "fix": "see the log of the run"}
+        if isinstance(error, DttError):
+            done = {"error": error.what, "fix": error.fix}
+        for group in groups:  # on a full disk the report needs their room
+            with suppress(StorageError):
+                storage.remove(work / _file(group, rank, ranks))
     storage.write_atomic(_report(work, rank), json.dumps(done))
 
 
@@ -68,6 +73,11 @@ def collect(work: Path, ranks: int) -> list[Report]:
         found.append(Report(files))
         storage.remove(path)
     return found
+
+
+def _file(group: str, rank: int, ranks: int) -> str:
+    middle = f"-{rank + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
+    return f"{group}{middle}.safetensors"
 
 
 def _report(work: Path, rank: int) -> Path:

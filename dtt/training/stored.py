@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ class StoredTensors:
     files: list[Any]
     """Open safetensors files."""
 
+    @cached_property
     def places(self) -> dict[str, list[tuple[Any, Part | None]]]:
-        """Return by name which files have what of a tensor; None: all of it."""
+        """By name which files have what of a tensor; None: all of it."""
         found: dict[str, list[tuple[Any, Part | None]]] = {}
         for file in self.files:
             parts = json.loads((file.metadata() or {}).get(PARTS, "{}"))
@@ -38,14 +40,14 @@ class StoredTensors:
         """Return the shapes of the whole tensors, without reading them."""
         return {
             name: tuple(file.get_slice(name).get_shape()) if part is None else part.shape
-            for name, places in self.places().items()
+            for name, places in self.places.items()
             for file, part in places[:1]
         }
 
     def whole(self) -> dict[str, Tensor]:
         """Return all tensors whole; KeyError for one of which a part is in no file."""
         found: dict[str, Tensor] = {}
-        for name, places in self.places().items():
+        for name, places in self.places.items():
             file, part = places[0]
             if part is None:
                 found[name] = file.get_tensor(name)
@@ -55,7 +57,7 @@ class StoredTensors:
 
     def part(self, name: str, wanted: Part) -> Tensor:
         """Read a part of a tensor, and no other; KeyError if it is in no file."""
-        return _read(name, wanted, self.places()[name])
+        return _read(name, wanted, self.places[name])
 
 
 def _ranges(rows: list[list[list[int]]]) -> tuple[tuple[Range, ...], ...]:
@@ -75,7 +77,8 @@ def _read(name: str, wanted: Part, places: list[tuple[Any, Part | None]]) -> Ten
             found[here] = block
             missing -= block.numel()
     if found is None and 0 in wanted.local_shape:
-        return torch.empty(wanted.local_shape)
+        nothing: Tensor = stored[(slice(0, 0),) * len(wanted.shape)]  # of the tensor's type
+        return nothing.new_empty(wanted.local_shape)
     if found is None or missing:
         raise KeyError(name)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +32,8 @@ class Case:
     update: float = 5e-2
     """Largest difference of a parameter's update, relative to its norm: optimizers that divide by
     a gradient's own size, or orthogonalize it in bf16, enlarge what the gradients differ by."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of matrix products; the bounds are those of fp32."""
 
 
 LOOSE = (1e-5, 1e-4)
@@ -135,7 +137,7 @@ def small(config: Config, case: Case) -> Config:
         "batch_size": SEQUENCES,
         "micro_batch_size": case.micro,
         "accumulation": None,
-        "precision": "fp32",
+        "precision": case.precision,
         "compile": False,
     }
     parallel = type(config.parallel).model_validate(case.parallel)

@@ -28,6 +28,7 @@ from dtt.dist import start as meet
 from dtt.errors import PeerError
 from dtt.parallel.layout import resolve
 from dtt.parallel.part import Part
+from dtt.precision import choose_precision
 from dtt.training.build import build_model, build_stepper, load_optimizer
 from dtt.verification import cases as sizes
 from dtt.verification.cases import Case, batch, small
@@ -45,8 +46,9 @@ def train(
     optimizer state; and which parts they are.
     """
     layout = resolve(config.parallel, config.model, runtime.ranks)
-    whole = build_model(config, torch.float32)
-    stepper = build_stepper(whole, layout, config, runtime, torch.float32)
+    dtype, _ = choose_precision(config.training.precision, runtime.device)
+    whole = build_model(config, dtype)
+    stepper = build_stepper(whole, layout, config, runtime, dtype)
     model = stepper.model
     found: dict[str, Tensor] = {}
     parts: dict[str, Part] = {}

@@ -29,7 +29,7 @@ from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
 from dtt.parallel.layout import resolve
-from dtt.training import build
+from dtt.training import build, launch
 from dtt.training.saved import open_checkpoint
 from dtt.training.step import Stepper, StepResult
 
@@ -94,11 +94,15 @@ def start(
     environ: dict[str, str] | None = None,
     die: tuple[int, int] | None = None,
     slow: float = 0.0,
+    grace: float = launch.GRACE,
 ) -> Any:
-    """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step."""
+    """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step.
+
+    `grace` is how many seconds workers have to end when another one has died.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_main, args=(folder, argv, environ or {}, die, slow))
+    process = context.Process(target=_main, args=(folder, argv, environ or {}, die, slow, grace))
     process.start()
     return process
 
@@ -127,8 +131,11 @@ def _main(
     environ: dict[str, str],
     die: tuple[int, int] | None,
     slow: float,
+    grace: float,
 ) -> None:
     from dtt.cli import main
+
+    launch.GRACE = grace
 
     os.chdir(folder)
     for stream, name in ((1, "out"), (2, "err")):

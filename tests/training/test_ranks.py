@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from small_run import (
     build_stepper,
     command,
     documents_batch,
+    final_tensors,
     flags,
     losses,
     named_results,
@@ -36,6 +38,12 @@ from dtt.dist import Place, Runtime
 
 pytestmark = pytest.mark.processes
 Uninterrupted = Callable[[int], Path]
+
+
+def figures(run: Path, name: str) -> dict[int, float]:
+    """One figure of metrics.jsonl by step, where it is there."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row[name] for row in rows if name in row}
 
 
 def gradients(folder: Path, ranks: int, settings: dict[str, str]) -> dict[str, Tensor]:
@@ -107,30 +115,75 @@ def test_divided_parameters_give_the_same_gradients(
         assert error <= 1e-6, f"{name}: {error:.2g}"
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_goes_on_from_one_layout_to_another(folder: Path, optimizer: str) -> None:
-    """Divided among 4, replicated on 2, divided among 2, on one: the losses are one run's."""
-    common = {
+LAYOUTS: tuple[dict[str, str], ...] = (
+    {"world_size": "4", "shard": "4"},
+    {"world_size": "2"},
+    {"world_size": "2", "tensor": "2"},
+    {"world_size": "2", "pipeline": "2"},
+    {"world_size": "2", "context": "2"},
+    {"world_size": "4", "tensor": "2", "pipeline": "2"},
+    {},
+)
+MIXTURES: tuple[dict[str, str], ...] = (
+    {"world_size": "2", "expert": "2"},
+    {"world_size": "4", "shard": "2", "expert": "2"},
+    {},
+)
+EXPERTS = {"model.experts.number": "4", "model.experts.balance": "bias", "model.layers": "2"}
+DENSE = {
+    "model.bias": "true",
+    "model.positions.name": "learned",
+    "model.kv_heads": "2",
+    "model.vocab_size": "31",
+    "model.layers": "4",
+}
+
+
+@pytest.mark.parametrize(
+    ("layouts", "model", "optimizer", "off", "moved"),
+    [
+        (LAYOUTS, DENSE, "adamw", 1e-6, 2e-4),
+        (LAYOUTS, DENSE, "muon", 1e-4, 6e-2),  # it orthogonalizes in bf16
+        (MIXTURES, EXPERTS, "adamw", 1e-6, 2e-4),
+    ],
+    ids=["adamw", "muon", "experts"],
+)
+def test_a_run_goes_on_from_one_layout_to_another(
+    folder: Path,
+    layouts: tuple[dict[str, str], ...],
+    model: dict[str, str],
+    optimizer: str,
+    off: float,
+    moved: float,
+) -> None:
+    """Two steps and an evaluation in each: figures and weights are those of one process."""
+    steps = 2 * len(layouts)
+    common = model | {
         "optimizer.name": optimizer,
+        "training.max_steps": str(steps),
         "training.micro_batch_size": "2",
         "schedule.name": "constant",
         "schedule.warmup_steps": "2",
         "checkpoint.every": "0",
+        "evaluation.every": "2",
     }
     alone = command(folder, ["train", *flags(common | {"name": "alone"})])
     assert (alone.code, alone.err) == (0, "")
-    layouts = [("4", "2"), ("2", "1"), ("2", "2"), ("1", "1")]
-    for number, (ranks, shard) in enumerate(layouts, 1):
-        changes = {
-            "parallel.world_size": ranks,
-            "parallel.shard": shard,
-            "training.max_steps": str(STEPS * number // len(layouts)),
-        }
+    for number, layout in enumerate(layouts, 1):
+        changes = {f"parallel.{axis}": size for axis, size in layout.items()}
+        changes["training.max_steps"] = str(2 * number)
         done = command(folder, ["train", *flags(common | changes)])
         assert (done.code, done.err) == (0, ""), done.err
-    one, several = losses(Path("runs/alone")), losses(Path("runs/small"))
-    assert one.keys() == several.keys()
-    assert list(one.values()) == pytest.approx(list(several.values()), rel=1e-4)
+        assert number == 1 or f"from step {2 * number - 2}" in done.out
+    one, several = Path("runs/alone"), Path("runs/small")
+    for figure, count in (("loss", steps), ("val_loss", len(layouts))):
+        expected, found = figures(one, figure), figures(several, figure)
+        assert expected.keys() == found.keys() and len(found) == count
+        assert list(found.values()) == pytest.approx(list(expected.values()), rel=off)
+    whole, tensors = final_tensors(one), final_tensors(several)
+    assert whole.keys() == tensors.keys()
+    for name, tensor in whole.items():
+        assert (tensors[name] - tensor).norm() <= moved * tensor.norm(), name
 
 
 def test_a_run_on_two_ranks_is_that_with_two_forwards(

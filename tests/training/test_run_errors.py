@@ -126,6 +126,27 @@ def test_bad_input(dtt: Dtt, folder: Path, words: list[str], code: int, facts: l
     assert not (folder / RUN).exists()
 
 
+@pytest.mark.parametrize(
+    ("ranks", "layout", "fact"),
+    [
+        ("2", "tensor=3", "tensor 3 does not divide the 2 ranks; use a multiple of 3 ranks"),
+        ("1", "shard=2", "shard 2 does not divide 1 rank; use a multiple of 2 ranks"),
+        ("3", "tensor=3", "model.heads (4) is not divisible by parallel.tensor (3)"),
+        ("2", "tensor=2 model.kv_heads=1", "model.kv_heads (1) is not divisible by parallel.tens"),
+        ("2", "pipeline=2 model.tied_head=true", "set model.tied_head to false, or parallel.pipe"),
+        ("2", "expert=2", "parallel.expert is 2, and the model has no experts; set model.experts"),
+        ("2", "context=2 model.context=30", "model.context (30) is not divisible by 2 x parallel"),
+        ("2", "shard=-1 parallel.tensor=-1", "shard and tensor are both -1"),
+    ],
+)
+def test_a_layout_that_cannot_be(
+    dtt: Dtt, folder: Path, ranks: str, layout: str, fact: str
+) -> None:
+    changes = dict(pair.split("=") for pair in f"parallel.{layout}".split())
+    assert_one_line(dtt("train", *flags(changes), "--world-size", ranks), 2, fact)
+    assert [path.name for path in folder.iterdir()] == ["text.txt"]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", ["2", "4"])
 def test_bad_input_with_workers_is_said_once(folder: Path, ranks: str) -> None:
