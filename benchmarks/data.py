@@ -6,14 +6,11 @@ Peers that are not installed are left out with a word.
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from table import SUMMARY, machine_line, note, parser, print_table
+from table import note, parser, summary
 
 SCRIPTS = ("tokenizing", "crew", "mixture", "download", "dedup")
 
@@ -23,15 +20,11 @@ def main() -> None:
     flags = ["--quick"] * options.quick + ["--threads", str(options.threads)]
     if options.rounds:
         flags += ["--rounds", str(options.rounds)]
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as summary:
-        os.environ[SUMMARY] = summary.name
+    with summary(options.threads):
         for name in SCRIPTS:
             note(f"{name}.py")
             script = Path(__file__).with_name(f"{name}.py")
             subprocess.run([sys.executable, script, *flags], check=True)
-        rows = [json.loads(line) for line in summary]
-    print(f"## All of it\n\n{machine_line(options.threads)}\n")
-    print_table(["what", "reached", "to be reached"], rows)
 
 
 if __name__ == "__main__":

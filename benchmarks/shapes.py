@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dtt.config.model import Learned, Model
-from dtt.model.decoder import Decoder, count_parameters
+from dtt.config.model import Experts, Learned, Model
+from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Shape:
     batch: int
     vocab: int
     bias: bool
+    experts: int = 0
+    """In the place of each MLP, of which a token passes two; 0: none."""
 
     def settings(self) -> Model:
         """Return dtt's settings of this model."""
@@ -35,6 +37,7 @@ class Shape:
             activation="gelu",
             bias=self.bias,
             tied_head=True,
+            experts=Experts(number=self.experts) if self.experts else None,
         )
 
     @property
@@ -51,10 +54,13 @@ class Shape:
         """Return the floating-point operations of a training step per token.
 
         nanoGPT's formula, 6 N + 12 L H Q T with N without the position embedding (PaLM, arxiv.org/
-        abs/2204.02311, appendix B). It counts all of the attention, although a causal one needs
-        half of it.
+        abs/2204.02311, appendix B) and of experts those only that a token passes. The embedding
+        counts once, as the head that it is. It counts all of the attention, although a causal one
+        needs half of it.
         """
-        counted = self.parameters() - self.context * self.dim
+        with torch.device("meta"):
+            passed = count_active_parameters(Decoder(self.settings()))
+        counted = passed - self.context * self.dim
         return 6 * counted + 12 * self.layers * self.dim * self.context
 
 

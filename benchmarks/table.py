@@ -10,8 +10,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,21 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def summarize(what: str, reached: str, wanted: str = "reported") -> None:
-    """Keep a row for the one table at the end of data.py, whose file the environment names."""
+    """Keep a row for the one table at the end (`summary`), whose file the environment names."""
     if path := os.environ.get(SUMMARY):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps([what, reached, wanted]) + "\n")
+
+
+@contextmanager
+def summary(threads: int) -> Iterator[None]:
+    """Print at the end the rows that `summarize` was given, here and in processes of this one."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as file:
+        os.environ[SUMMARY] = file.name
+        yield
+        rows = [json.loads(line) for line in file]
+    print(f"## All of it\n\n{machine_line(threads)}\n")
+    print_table(["what", "reached", "to be reached"], rows)
 
 
 def _cell(value: Any) -> str:

@@ -85,7 +85,9 @@ def dtt_stepper(
 
 def dtt_step(stepper: Stepper, shape: Shape, stream: TokenStream) -> Callable[[], object]:
     """Return a function that does one training step as the loop of `dtt train` does."""
-    batches = Loader([ContiguousWindows(stream, shape.context, 0)], shape.batch, 0).iter_from(0)
+    windows = [ContiguousWindows(stream, shape.context, 0)]
+    pin = stepper.runtime.device.type == "cuda"
+    batches = Loader(windows, shape.batch, 0, pin=pin).iter_from(0)
     done = 0
 
     def step() -> object:

@@ -63,6 +63,14 @@ def test_flops_are_those_that_nanogpt_counts(bench: dict[str, ModuleType]) -> No
     assert bench["shapes"].SHAPES["gpt2-124m"].flops() == 855_166_464
 
 
+def test_experts_that_a_token_does_not_pass_are_no_flops(bench: dict[str, ModuleType]) -> None:
+    dense = bench["shapes"].QUICK
+    mixed = replace(dense, experts=8)
+    # Of 8 experts two are passed, where there was one MLP; and a router chooses them.
+    more = 6 * dense.layers * (8 * dense.dim**2 + 8 * dense.dim)
+    assert mixed.flops() - dense.flops() == more
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_equal_weights_give_the_reference_the_loss_of_dtt(
     bench: dict[str, ModuleType], bias: bool
@@ -204,6 +212,36 @@ def test_the_gpu_script_runs_without_a_gpu() -> None:
         refused = subprocess.run(command, capture_output=True, text=True, check=False)
         assert refused.returncode == 2
         assert "no GPU" in refused.stderr
+
+
+@pytest.mark.processes
+def test_training_on_a_gpu_is_measured_by_code_that_a_cpu_runs() -> None:
+    text = output("gpu/train_step.py", "--device", "cpu")
+    dense, mixed = ["dense, 4 x 16"] * 2, ["8 experts, 4 x 16"]
+    longer = ["dense, 1 x 64"] * 2 + ["8 experts, 1 x 64"]
+    assert first_cells(text)[2:8] == dense + mixed + longer
+    assert "failed" not in text
+    late = output("gpu/train_step.py", "--device", "cpu", "--minutes", "0")
+    assert first_cells(late) == ["bf16 matrix product, measured", "the maker's figure"]
+    if not torch.cuda.is_available():
+        assert "no GPU here" in output("gpu/train_step.py")
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="its ranks are forked")
+@pytest.mark.parametrize(
+    ("part", "cells"),
+    [
+        ("ways", ["one rank", "DDP 2", "FSDP2 2", "FSDP2 2, not resharded", "TP 2"]),
+        ("muon", ["adamw", "muon"]),
+        ("checkpoint", ["save, shard 4, until the last rank has it on the disk"]),
+        ("start", ["DDP 4"]),
+    ],
+)
+def test_parallel_prints_its_tables(part: str, cells: list[str]) -> None:
+    text = output("parallel.py", "--part", part)
+    assert first_cells(text)[: len(cells)] == cells
+    assert "to be reached" in text
 
 
 @pytest.mark.processes
