@@ -71,7 +71,8 @@ class Optimizers:
         }
 
     def load_named_state(self, state: dict[str, Tensor]) -> None:
-        """Take over copies of the tensors that `named_state` gave, on whatever device they are.
+        """Take over tensors like those that `named_state` gave, on whatever device they are: they
+        are the optimizer's own from now on.
 
         The next steps are then bitwise those of the optimizer they came from. Tensors that do not
         belong to this optimizer and these parameters are a CheckpointError, and change nothing.
@@ -84,7 +85,7 @@ class Optimizers:
         for part in self.parts:
             packed = part.state_dict()
             packed["state"] = {
-                index: {key: tensor.detach().clone() for key, tensor in entries[name].items()}
+                index: {key: tensor.detach() for key, tensor in entries[name].items()}
                 for index, (name, _) in enumerate(_named(part))
                 if name in entries
             }

@@ -14,7 +14,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtt.errors import CheckpointError, DttError, StorageError
+from dtt.machine import cores
 from dtt.parallel.part import Part
 from dtt.storage import sha256, storage_errors
 from dtt.training.snapshot import digest
@@ -135,28 +138,48 @@ def _contents(
     """Return the small files' bytes by name and the open tensor files by group, all verified."""
     contents: dict[str, bytes] = {}
     opened: dict[str, list[Any]] = {}
+    large: list[str] = []
     entries = manifest["tensors"].items()
     groups = {name: group for group, entry in entries for name in entry["files"]}
     for name, entry in manifest["files"].items():
         if wanted is not None and name in groups and groups[name] not in wanted:
             continue
         file = _member(path, name)
-        try:
+        with _damage(path, name):
             size = file.stat().st_size
             if size != entry["size"]:
                 raise _damaged(path, name, f"{size} bytes instead of {entry['size']}")
             if name in groups:  # opened before it is hashed, so that it cannot be swapped
                 opened.setdefault(groups[name], []).append(safe_open(file, framework="pt"))
-                found = sha256(file) if hashed else entry["sha256"]
-            else:
-                contents[name] = file.read_bytes()
-                found = hashlib.sha256(contents[name]).hexdigest()
-        # safe_open raises RuntimeError, too, for a file that is removed while it maps it.
-        except (OSError, RuntimeError, SafetensorError, StorageError) as error:
-            raise _damaged(path, name, str(error)) from error
-        if found != entry["sha256"]:
-            raise _damaged(path, name, "its SHA-256 is not the manifest's")
+                large.append(name)
+                continue
+            contents[name] = file.read_bytes()
+        _compare(path, name, entry, hashlib.sha256(contents[name]).hexdigest())
+    if hashed:
+        with ThreadPoolExecutor(min(len(large), cores()) or 1) as pool:
+            for name, found in zip(large, pool.map(lambda n: _hash(path, n), large), strict=True):
+                _compare(path, name, manifest["files"][name], found)
     return contents, {group: StoredTensors(files) for group, files in opened.items()}
+
+
+@contextmanager
+def _damage(path: Path, name: str) -> Iterator[None]:
+    """Say of what goes wrong inside that this file is damaged."""
+    try:
+        yield
+    # safe_open raises RuntimeError, too, for a file that is removed while it maps it.
+    except (OSError, RuntimeError, SafetensorError, StorageError) as error:
+        raise _damaged(path, name, str(error)) from error
+
+
+def _hash(path: Path, name: str) -> str:
+    with _damage(path, name):
+        return sha256(_member(path, name))
+
+
+def _compare(path: Path, name: str, entry: dict[str, Any], found: str) -> None:
+    if found != entry["sha256"]:
+        raise _damaged(path, name, "its SHA-256 is not the manifest's")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

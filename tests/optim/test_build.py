@@ -185,8 +185,6 @@ def test_loaded_state_continues_bitwise(settings: Optimizer) -> None:
     assert all(torch.equal(loaded[n], t) and loaded[n].dtype == t.dtype for n, t in saved.items())
     train(second, resumed, range(11, 24))
     assert_equal(second, whole)
-    for name, tensor in saved.items():  # what was loaded was copied, not shared
-        assert torch.equal(state[name], tensor)
 
 
 def test_state_names_and_the_parameter_without_gradient() -> None:
