@@ -150,8 +150,8 @@ class Randomness:
         places = torch.arange(1 + 3 * self.layers, device=device)
         keys = mix(self.keys, places[:, None])
         plain = torch.arange(length, device=device)
-        columns = plain if self.columns is None else self.columns
-        queries = plain if self.attention_columns is None else self.attention_columns
+        columns = plain if self.columns is None else self.columns.to(device)
+        queries = plain if self.attention_columns is None else self.attention_columns.to(device)
         blocks = [
             BlockDropout(
                 AttentionDropout(self.rate, keys[place], queries, self.first_head),

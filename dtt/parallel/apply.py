@@ -112,11 +112,9 @@ def _share_balance(model: Decoder, mesh: Mesh) -> None:
 
 def _divide_tensors(stage: Objective, found: ParallelModel) -> None:
     group = found.mesh.group("tensor")
-    parts = divide_tensors(stage.model, group)
+    parts, copies = divide_tensors(stage.model, group)
     found.parts |= parts
-    named = dict(stage.model.named_parameters())
-    copies = [n for n in parts if parts[n].is_all and not n.endswith((".out.bias", ".down.bias"))]
-    found.summed.append((group, [name for name in copies if name in named]))
+    found.summed.append((group, copies))
     if stage.model.norm is not None:
         name = "embed.weight" if stage.model.head is None else "head.weight"
         stage.loss = DividedLoss(parts[name].ranges[0][0][0], group)

@@ -38,8 +38,11 @@ it: a bias that is added to a sum over ranks. Others are whole everywhere, and t
 summed over the ranks, each of which sees some of the tokens or heads."""
 
 
-def divide_tensors(model: Decoder, group: ProcessGroup) -> dict[str, Part]:
-    """Leave this rank its share of the matrices, hook up the exchanges, and return the shares."""
+def divide_tensors(model: Decoder, group: ProcessGroup) -> tuple[dict[str, Part], list[str]]:
+    """Leave this rank its share of the matrices, and hook up the exchanges.
+
+    Returns what it has of each parameter, and those of which all ranks have all.
+    """
     parts: dict[str, Part] = {}
     for name, parameter in list(model.named_parameters()):
         where, _, leaf = name.rpartition(".")
@@ -72,7 +75,7 @@ def divide_tensors(model: Decoder, group: ProcessGroup) -> dict[str, Part]:
         model.position_embed.register_forward_hook(
             lambda module, given, out: out.chunk(group.size(), -2)[group.rank()]
         )
-    return parts
+    return parts, [name for name in parts if _how(name) is None]
 
 
 def _divide_dropout(model: Decoder, group: ProcessGroup) -> None:
@@ -84,10 +87,14 @@ def _divide_dropout(model: Decoder, group: ProcessGroup) -> None:
     drawn.first_head = settings.heads // group.size() * group.rank()
 
 
+def _how(name: str) -> str | None:
+    return next((how for pattern, how in PLAN.items() if fnmatchcase(name, pattern)), None)
+
+
 def _part(name: str, parameter: Tensor, model: Decoder, group: ProcessGroup) -> Part | None:
     """Return what this rank has of a parameter; None for a bias that another one adds."""
     rank, ranks = group.rank(), group.size()
-    how = next((how for pattern, how in PLAN.items() if fnmatchcase(name, pattern)), None)
+    how = _how(name)
     whole = Part.all_of(tuple(parameter.shape))
     if how == "rows":
         sizes = [len(parameter)]
