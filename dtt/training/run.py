@@ -106,9 +106,7 @@ def _build(
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
-    if not layout.is_plain and dtype == torch.float16:
-        raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
-    _refuse_settings(config, runtime.device)
+    _refuse_settings(config, runtime.device, layout, dtype)
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
     weights = None
@@ -117,13 +115,7 @@ def _build(
         weights = SavedGroup(saved, "model")
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
     state = _restore(saved, stepper)
-    metrics = None
     if runtime.is_main:
-        if fresh:
-            remove_old_run(folder)
-        write_run_files(config, corpora.tokenizer, folder)
-        metrics = MetricsFile(folder / "metrics.jsonl", state.step)
-        trim_lines(folder / "samples.jsonl", state.step)
         reporter.total(steps)
     run = Run(
         config=config,
@@ -137,7 +129,7 @@ def _build(
         state=state,
         checkpoints=checkpoints,
         reporter=reporter,
-        metrics=metrics,
+        metrics=_metrics(config, corpora, runtime, folder, state.step, fresh),
         trackers=_trackers(config, runtime, folder, reporter),
         profiler=_profiler(config, runtime, folder, reporter),
         meter=Meter(steps),
@@ -148,8 +140,25 @@ def _build(
     return run
 
 
-def _refuse_settings(config: Config, device: torch.device) -> None:
-    """Raise ConfigError for what this device cannot do."""
+def _metrics(
+    config: Config, corpora: Corpora, runtime: Runtime, folder: Path, step: int, fresh: bool
+) -> MetricsFile | None:
+    """Put the run's files in place and open the metrics, on the rank that writes files."""
+    if not runtime.is_main:
+        return None
+    if fresh:
+        remove_old_run(folder)
+    write_run_files(config, corpora.tokenizer, folder)
+    trim_lines(folder / "samples.jsonl", step)
+    return MetricsFile(folder / "metrics.jsonl", step)
+
+
+def _refuse_settings(
+    config: Config, device: torch.device, layout: Layout, dtype: torch.dtype
+) -> None:
+    """Raise ConfigError for what this device or this layout cannot do."""
+    if not layout.is_plain and dtype == torch.float16:
+        raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
     if config.training.fp8:
         refuse_without_fp8(device)
     if config.parallel.offload and config.optimizer.name == "muon" and device.type != "cpu":
