@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtt.errors import ConfigError, DttError, OtherRankError, PeerError
+from dtt.errors import EXIT_INTERNAL, ConfigError, DttError, OtherRankError, PeerError
 from dtt.machine import cores, keep_freed_memory
 from dtt.place import Place as Place
 from dtt.place import find_place as find_place
@@ -63,8 +63,8 @@ class Runtime:
         if self.is_main:
             try:
                 outcome[0] = action()
-            except DttError as error:
-                outcome[1] = error.exit_code
+            except Exception as error:  # whatever it is, the others wait for an answer
+                outcome[1] = error.exit_code if isinstance(error, DttError) else EXIT_INTERNAL
                 dist.broadcast_object_list(outcome)
                 raise
         dist.broadcast_object_list(outcome)

@@ -62,7 +62,7 @@ class Evaluation(Section):
     max_tokens: int | None = Field(None, gt=0)
     """Use at most this many tokens of the split; null: the whole split."""
     batch_size: int | None = Field(None, gt=0)
-    """Sequences per forward; null: as in training."""
+    """Sequences per forward; null: as in training (a pipeline takes those of its step)."""
 
 
 class Sample(Section):

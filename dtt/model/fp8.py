@@ -40,10 +40,10 @@ def use_fp8(blocks: nn.Module) -> None:
 def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x [..., K] W^T + b in the type of x, as F.linear but for the rounding to fp8.
 
-    Where the number of rows is no multiple of STEP it is F.linear.
+    Where a size is no multiple of STEP it is F.linear.
     """
     rows = x.flatten(0, -2)
-    if len(rows) % STEP:
+    if any(size % STEP for size in (*rows.shape, len(weight))):
         return F.linear(x, weight, bias)
     y: Tensor = _Product.apply(rows, weight)  # type: ignore[no-untyped-call]
     y = y.view(*x.shape[:-1], -1)

@@ -18,18 +18,23 @@ BLOCK = 16
 """Tokens whose fp32 probabilities exist at a time on a CPU, where they then stay in its cache."""
 
 
-def sum_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignored: int) -> Tensor:
+def sum_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, ignored: int, *, twice: bool = False
+) -> Tensor:
     """Return the summed loss in nats (fp32, 0-dim) of targets [...] given hidden [..., dim].
 
     Targets equal to `ignored` count nothing. `head` is [vocabulary, dim]. Logits are in the type of
-    `hidden`, the softmax in fp32.
+    `hidden`, the softmax in fp32. `twice` is for schedules that go backward once for the gradient
+    of `hidden` and once for that of `head`.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if len(head) < LARGE_VOCABULARY:
         logits = F.linear(hidden, head.to(hidden.dtype))
         return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        loss: Tensor = ChunkedCrossEntropy.apply(hidden, head, targets, ignored)  # type: ignore[no-untyped-call]
+        loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, head, targets, ignored, twice
+        )
         return loss
     return _chunked_loss(hidden, head, targets, ignored)
 
@@ -42,7 +47,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, ignored: int, twice: bool
+    ) -> Tensor:
         weight = head.to(hidden.dtype)
         want_hidden, want_head = ctx.needs_input_grad[:2]
         loss = torch.zeros((), device=hidden.device)
@@ -55,21 +62,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=dhidden[rows])
             if dhead is not None:
                 dhead += logits.t() @ hidden[rows]
-        ctx.head_dtype = head.dtype
+        ctx.head_dtype, ctx.twice = head.dtype, twice
         ctx.save_for_backward(dhidden, dhead)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dhead = ctx.saved_tensors
+        if ctx.twice:
+            found = [None if each is None else each * grad for each in (dhidden, dhead)]
+            return (*found, None, None, None)
         # In place, as dhead is the largest tensor of a step; a second backward pass through the
         # same graph is then refused by autograd, which sees that a saved tensor has changed.
         if dhidden is not None:
             dhidden.mul_(grad)
         if dhead is not None:
             dhead = dhead.mul_(grad).to(ctx.head_dtype)
-        return dhidden, dhead, None, None
+        return dhidden, dhead, None, None, None
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:

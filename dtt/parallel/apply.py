@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtt.config.schema import Config
 from dtt.dist import Runtime
 from dtt.model.decoder import Decoder
+from dtt.model.loss import sum_cross_entropy
 from dtt.model.objective import Objective
 from dtt.parallel.context import divide_sequences
 from dtt.parallel.exchange import sum_forward
@@ -21,7 +22,7 @@ from dtt.parallel.expert import divide_experts
 from dtt.parallel.layout import STAGES, Layout
 from dtt.parallel.loss import DividedLoss
 from dtt.parallel.mesh import Mesh
-from dtt.parallel.model import COPIES, EXPERT_COPIES, ParallelModel, Reader
+from dtt.parallel.model import COPIES, EXPERT_COPIES, STAGE, ParallelModel, Reader
 from dtt.parallel.pipeline import Pipeline
 from dtt.parallel.shard import shard
 from dtt.parallel.tensor import divide_tensors
@@ -67,6 +68,9 @@ def parallelize(
             shard(stage, stage.model.blocks, divided, dtype, config.parallel, apart)
     for stage in found.stages:
         stage.to_empty(device="cpu" if config.parallel.offload else runtime.device)
+        for module in stage.modules():  # buffers are not divided, and stay on the device
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(runtime.device))
         stage.model.reset()
     found.load(weights)
     if layout.is_plain and layout.replicate > 1:
@@ -97,17 +101,23 @@ def _stages(objective: Objective, mesh: Mesh, config: Config) -> list[Objective]
         blocks = range(layers * index // number, layers * (index + 1) // number)
         stage = copy.deepcopy(objective) if turn < each - 1 else objective
         stage.model.keep_part(blocks, first=index == 0, last=index == number - 1)
+        if config.parallel.schedule == "zero-bubble":
+            stage.loss = partial(sum_cross_entropy, twice=True)
         found.append(stage)
     return found
 
 
 def _share_balance(model: Decoder, mesh: Mesh) -> None:
     """Have figures of the balance of experts summed over the ranks that share sequences."""
-    if mesh.size("context", "tensor") == 1:
+    if model.settings.experts is None:
         return
-    for moe in model.experts():
+    # Groups are made on all ranks, also on those whose blocks have no experts.
+    if mesh.layout.pipeline > 1:
+        mesh.group(*STAGE)
+    if mesh.size("context", "tensor") > 1:
         group = mesh.group("context", "tensor")
-        moe.sum_rows = partial(sum_forward, group=group)
+        for moe in model.experts():
+            moe.sum_rows = partial(sum_forward, group=group)
 
 
 def _divide_tensors(stage: Objective, found: ParallelModel) -> None:
@@ -136,4 +146,5 @@ def _pipeline(found: ParallelModel, config: Config, rows: int, forwards: int) ->
         torch.empty(rows, length, dtype=torch.int64, device="meta"),
         torch.empty(shape, device="meta", requires_grad=True),
         found.mesh.group("pipeline"),
+        found.mesh.runtime.device,
     )

@@ -7,7 +7,7 @@ as in Llama 3 (Meta 2024, arxiv.org/abs/2407.21783, 3.3.2): with grouped queries
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ class Share:
     """This rank's two pieces of sequences."""
 
     group: ProcessGroup
+    _orders: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
-    def places(self, length: int) -> tuple[int, int]:
+    def places(self) -> tuple[int, int]:
         """Return where its pieces are, counted in pieces."""
         rank = self.group.rank()
         return rank, 2 * self.group.size() - 1 - rank
@@ -37,10 +38,13 @@ class Share:
         pieces = torch.arange(length).chunk(2 * ranks)
         return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
 
-    def order(self, length: int) -> Tensor:
+    def order(self, length: int, device: torch.device) -> Tensor:
         """Return where each token of a sequence is in what a gather gives."""
-        ranks = range(self.group.size())
-        return torch.cat([self.columns(length, rank) for rank in ranks]).argsort()
+        if (length, device) not in self._orders:
+            ranks = range(self.group.size())
+            found = torch.cat([self.columns(length, rank) for rank in ranks]).argsort()
+            self._orders[length, device] = found.to(device)
+        return self._orders[length, device]
 
 
 def divide_sequences(objective: nn.Module, model: Decoder, group: ProcessGroup) -> None:
@@ -93,8 +97,9 @@ class _Masks:
             return None
         found = []
         pieces = self.share.columns(whole).to(device).chunk(2)
-        for rows, places in zip(pieces, positions.chunk(2, 1), strict=True):
-            columns = torch.arange(int(rows[-1]) + 1, device=device)
+        for index, (rows, places) in enumerate(zip(pieces, positions.chunk(2, 1), strict=True)):
+            stop = (self.share.places()[index] + 1) * len(rows)
+            columns = torch.arange(stop, device=device)
             mask = visible(rows[:, None], columns, window).expand(len(positions), 1, -1, -1)
             if self.documents:
                 mask = mask & (columns >= (rows - places)[:, None, :, None])
@@ -119,10 +124,10 @@ class _Attend:
         group = self.share.group
         both = gather(torch.stack([k, v]), 3, group)
         length = both.shape[3]
-        k, v = both.index_select(3, self.share.order(length).to(q.device))
+        k, v = both.index_select(3, self.share.order(length, q.device))
         found = []
         for index, queries in enumerate(q.chunk(2, 2)):
-            stop = (self.share.places(length)[index] + 1) * queries.shape[2]
+            stop = (self.share.places()[index] + 1) * queries.shape[2]
             mask = None if masks is None else masks[index]
             inner = dropout and replace(dropout, columns=dropout.columns.chunk(2)[index])
             found.append(attend(queries, k[:, :, :stop], v[:, :, :stop], mask, inner))

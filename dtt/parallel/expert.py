@@ -50,11 +50,12 @@ class _Travel:
         came = torch.empty_like(counts)
         dist.all_to_all_single(came, counts, group=self.group)
         table = came.view(ranks, -1)  # of each rank, rows for each expert here
-        sent, received = counts.view(ranks, -1).sum(1).tolist(), table.sum(1).tolist()
+        sent, received = torch.stack([counts.view(ranks, -1), table]).sum(2).tolist()
         inside = _exchanged(rows, received, sent, self.group)
         # As they came, rows are sorted by rank; experts want them sorted by expert.
         experts = torch.arange(table.shape[1], device=rows.device).repeat(ranks)
-        order = experts.repeat_interleave(table.flatten()).argsort(stable=True)
+        size = sum(received)  # known, so the device is not asked again
+        order = experts.repeat_interleave(table.flatten(), output_size=size).argsort(stable=True)
         made = self._made(inside[order], table.sum(0))
         return _exchanged(made[order.argsort()], sent, received, self.group)
 

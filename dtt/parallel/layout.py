@@ -106,6 +106,12 @@ def resolve(settings: Parallel, model: Model, ranks: int) -> Layout:
             f"parallel.expert is {layout.expert}, and the model has no experts",
             "set model.experts, or parallel.expert to 1",
         )
+    alone = layout.ranks == layout.pipeline
+    if settings.schedule == "zero-bubble" and layout.pipeline > 1 and not alone:
+        raise ConfigError(
+            f"parallel.schedule zero-bubble goes with a pipeline alone, not with {layout}",
+            "use 1f1b or interleaved, or no other axis",
+        )
     if layout.pipeline > 1 and model.tied_head:
         raise ConfigError(
             "model.tied_head: a pipeline parts the embedding from the head that it is",

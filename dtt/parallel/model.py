@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +32,8 @@ COPIES = ("expert", "replicate", "context")
 """Axes whose ranks have the same parameters, but for..."""
 EXPERT_COPIES = ("replicate", "context")
 """...experts."""
+STAGE = tuple(name for name in AXES if name != "pipeline")
+"""Axes whose ranks have the same blocks."""
 
 
 class Reader(Protocol):
@@ -168,6 +171,8 @@ class ParallelModel:
         loss = torch.zeros((), dtype=wide, device=tokens.device)
         for index in range(forwards):
             rows, last = slice(index * size, (index + 1) * size), index == forwards - 1
+            if isinstance(called, FSDPModule) and forwards > 1:
+                called.set_requires_all_reduce(last)  # replicas talk once a step
             with called.no_sync() if replicated and not last else nullcontext():  # type: ignore[operator]
                 part = called(tokens[rows], **{name: t[rows] for name, t in given.items()})
                 (part * scale).backward()
@@ -182,8 +187,7 @@ class ParallelModel:
     def _summed_over_stage(self, counts: Tensor) -> Tensor:
         if self.layout.pipeline == 1:
             return self.mesh.runtime.sum(counts)
-        group = self.mesh.group(*(name for name in AXES if name != "pipeline"))
-        torch.distributed.all_reduce(counts, group=group)
+        torch.distributed.all_reduce(counts, group=self.mesh.group(*STAGE))
         return counts
 
     def loss(self, tokens: Tensor, given: Rows) -> Tensor:

@@ -42,6 +42,7 @@ class Pipeline:
         tokens: Tensor,
         stream: Tensor,
         group: ProcessGroup,
+        device: torch.device,
     ) -> None:
         """`stages` are this rank's of `number`, with their indices. `tokens` and `stream` are what
         the first one and the others take, as examples on the meta device."""
@@ -54,7 +55,7 @@ class Pipeline:
                 stage,
                 index,
                 number,
-                next(stage.parameters()).device,
+                device,
                 input_args=tokens if index == 0 else stream,
                 output_args=loss if index == number - 1 else stream,
                 group=group,
@@ -103,5 +104,5 @@ class Pipeline:
             **given,
         )
         if not losses:
-            return torch.zeros((), device=tokens.device)
-        return torch.stack(losses).detach().sum() / scale
+            return torch.zeros((), dtype=torch.float64, device=tokens.device)
+        return torch.stack(losses).detach().sum().double() / scale

@@ -141,7 +141,7 @@ def fit(run: Run) -> TrainState:
 
 def _refuse_bad_weights(run: Run) -> None:
     """The loss of the next step would show it, but a checkpoint is written before that."""
-    parts = [local(parameter) for parameter in run.stepper.parameters]
+    parts = [part for p in run.stepper.parameters if (part := local(p)).numel()]
     bad = (~get_total_norm(parts, math.inf).isfinite()).float().to(run.runtime.device)
     if run.runtime.sum(bad).item():
         raise NumericError(f"step {run.state.step}: its update made weights not finite", CALM)

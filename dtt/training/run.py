@@ -157,6 +157,17 @@ def _refuse_settings(
     config: Config, device: torch.device, layout: Layout, dtype: torch.dtype
 ) -> None:
     """Raise ConfigError for what this device or this layout cannot do."""
+    training = config.training
+    if training.compile and layout.pipeline > 1 and config.parallel.schedule == "zero-bubble":
+        raise ConfigError(
+            "training.compile does not go with parallel.schedule zero-bubble",
+            "use another schedule, or leave compile off",
+        )
+    if training.compile and training.gradient_checkpointing and training.recompute == "selective":
+        raise ConfigError(
+            "training.recompute selective saves nothing in compiled blocks",
+            "leave one of the two off: the compiler chooses what it keeps",
+        )
     if not layout.is_plain and dtype == torch.float16:
         raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
     if config.training.fp8:

@@ -54,6 +54,7 @@ CASES = (
     Case("EP", 2, {"expert": 2}, 4, *LOOSE),
     Case("FSDP2, accumulation", 4, {"shard": 4}, 1),
     Case("HSDP", 4, {"replicate": 2, "shard": 2}, 2),
+    Case("HSDP, accumulation", 4, {"replicate": 2, "shard": 2}, 1),
     Case("DDP x TP", 4, {"replicate": 2, "tensor": 2}, 2, *LOOSE),
     Case("FSDP2 x TP", 4, {"shard": 2, "tensor": 2}, 2, *LOOSE),
     Case("FSDP2 x CP", 4, {"shard": 2, "context": 2}, 2, *LOOSE),

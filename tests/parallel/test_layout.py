@@ -220,3 +220,12 @@ def test_a_rank_is_where_the_table_says(layout: Layout) -> None:
         rank, data = said.pop("rank"), said.pop("data")
         assert layout.coordinates(rank) == dict.fromkeys(AXES, 0) | said
         assert layout.data_rank(rank) == data < layout.data
+
+
+@pytest.mark.parametrize("axis", ["replicate", "shard", "tensor", "context"])
+def test_zero_bubble_goes_alone(axis: str) -> None:
+    """PyTorch's split backward passes lose gradients beside FSDP2."""
+    settings = Parallel(pipeline=2, schedule="zero-bubble", **{axis: 2})
+    with pytest.raises(ConfigError, match=r"goes with a pipeline alone, not with .*2"):
+        resolve(settings, Model(), 4)
+    assert resolve(Parallel(pipeline=2, schedule="zero-bubble"), Model(), 2).pipeline == 2

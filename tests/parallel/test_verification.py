@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dtt.config.layers import preset_names
 from dtt.config.load import load_config
-from dtt.config.model import Model
+from dtt.config.model import Experts, Model
 from dtt.config.optim import AdamW, Muon, Sgd
 from dtt.config.parallel import Parallel
 from dtt.config.schema import Config
@@ -145,6 +145,26 @@ def test_bf16_differs_by_its_rounding_only(preset: str) -> None:
         assert apart(result, exact)[2] > 3e-3, f"{case.name} computes in fp32"
 
 
+def test_a_rank_without_experts_takes_part_in_their_groups() -> None:
+    """Of the stages of an interleaved pipeline, one rank's have none of them."""
+    experts = Experts(number=4, every=2, balance="bias")
+    config = Config(model=Model(experts=experts), optimizer=AdamW())
+    parallel = {"pipeline": 2, "tensor": 2, "schedule": "interleaved"}
+    case = Case("as balance wants it", 4, parallel, 2, *LOOSE)
+    (alone,) = run(config, [ALONE])
+    assert compare(run(config, [case], alone)[0], alone).within(case)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble"])
+def test_a_loss_in_chunks_goes_through_a_pipeline(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtt.model.loss.LARGE_VOCABULARY", 1)
+    (alone,) = run(Config(), [ALONE])
+    case = Case(schedule, 2, {"pipeline": 2, "schedule": schedule}, 2, *LOOSE)
+    assert compare(run(Config(), [case], alone)[0], alone).within(case)
+
+
 def test_a_missing_reduction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(objective: nn.Module, **options: Any) -> nn.Module:
         return objective
@@ -169,7 +189,7 @@ def split_heads_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mix_up_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Share, "order", lambda self, length: torch.arange(length))
+    monkeypatch.setattr(Share, "order", lambda self, length, device: torch.arange(length))
 
 
 def scale_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from small_run import flags, losses, small_config
 
 from dtt.cli import main
 from dtt.config.schema import Training
+from dtt.dist import Place, Runtime
 from dtt.errors import ConfigError, NumericError
 from dtt.training.batching import divide
-from dtt.training.loop import Due, Readings
+from dtt.training.loop import Due, Readings, _refuse_bad_weights
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import SIGNALS, Preemption
 from dtt.training.step import StepResult
@@ -224,3 +225,17 @@ def test_pictures(tmp_path: Path) -> None:
     warnings: list[str] = []
     path = draw_loss(tmp_path, warnings.append)
     assert path is not None and path.read_bytes()[:4] == b"\x89PNG" and warnings == []
+
+
+def test_a_share_of_nothing_has_no_bad_weights() -> None:
+    """A rank may have no row of a small parameter."""
+    parameters = [torch.ones(2), torch.empty(0)]
+    run: Any = SimpleNamespace(
+        stepper=SimpleNamespace(parameters=parameters),
+        runtime=Runtime(Place(), torch.device("cpu")),
+        state=SimpleNamespace(step=3),
+    )
+    _refuse_bad_weights(run)
+    parameters[0][1] = float("nan")
+    with pytest.raises(NumericError, match="step 3: its update made weights not finite"):
+        _refuse_bad_weights(run)
