@@ -102,8 +102,7 @@ def _batches(
     stream = portion.corpus.stream(split)
     if len(stream) < 2:
         raise DataError(f"the {split} split has no tokens", "prepare it with another data.split")
-    context, layout = model.settings.context, model.layout
-    rank, ranks = layout.data_rank(model.mesh.runtime.rank), layout.data
+    context, rank, ranks = model.settings.context, model.data_rank, model.layout.data
     isolate = corpora.isolate(portion, context)
     if stride is None and corpora.packing(portion, context) == "best-fit":
         windows = PackedWindows(stream, context, isolate)

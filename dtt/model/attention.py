@@ -147,7 +147,6 @@ class Attention(nn.Module):
     def __init__(self, settings: Model, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.window = settings.window
         self.width = settings.head_dim or settings.dim // settings.heads
         self.attend: Attend = attend
         inner, kv_inner = (

@@ -73,14 +73,7 @@ class Block(nn.Module):
 class Absent(nn.Module):
     """A block that another part of the model has."""
 
-    def forward(
-        self,
-        x: Tensor,
-        table: Tensor | None,
-        cache: Cache | None,
-        mask: Tensor | None,
-        dropout: BlockDropout = NO_DROPOUT,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
         return x
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def sum_cross_entropy(
         return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, head, targets, ignored, twice
+            hidden, head, targets, ignored, twice, loss_and_gradient
         )
         return loss
     return _chunked_loss(hidden, head, targets, ignored)
@@ -43,12 +43,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The summed loss, with its gradients found while the logits of a chunk are there.
 
     Going forward computes the gradients for an incoming gradient of one, and going backward scales
-    them, so no logits are kept or computed twice. The head's gradient is summed in fp32.
+    them, so no logits are kept or computed twice. The head's gradient is summed in fp32. `find` is
+    `loss_and_gradient`, or what takes its place where ranks divide the vocabulary.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, ignored: int, twice: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        ignored: int,
+        twice: bool,
+        find: Callable[[Tensor, Tensor, int], Tensor],
     ) -> Tensor:
         weight = head.to(hidden.dtype)
         want_hidden, want_head = ctx.needs_input_grad[:2]
@@ -57,7 +64,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dhead = torch.zeros(head.shape, device=head.device) if want_head else None
         for rows in _slices(len(hidden), CHUNK):
             logits = F.linear(hidden[rows], weight)
-            loss += _loss_and_gradient(logits, targets[rows], ignored)
+            loss += find(logits, targets[rows], ignored)
             if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[rows])
             if dhead is not None:
@@ -72,17 +79,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dhidden, dhead = ctx.saved_tensors
         if ctx.twice:
             found = [None if each is None else each * grad for each in (dhidden, dhead)]
-            return (*found, None, None, None)
+            return (*found, None, None, None, None)
         # In place, as dhead is the largest tensor of a step; a second backward pass through the
         # same graph is then refused by autograd, which sees that a saved tensor has changed.
         if dhidden is not None:
             dhidden.mul_(grad)
         if dhead is not None:
             dhead = dhead.mul_(grad).to(ctx.head_dtype)
-        return dhidden, dhead, None, None, None
+        return dhidden, dhead, None, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+def loss_and_gradient(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Return the summed loss of logits [N, V], which become its gradient, softmax - one-hot."""
     loss = torch.zeros((), device=logits.device)
     minus_one = logits.new_full((1, 1), -1.0, dtype=torch.float32)

@@ -7,7 +7,8 @@ as in Llama 3 (Meta 2024, arxiv.org/abs/2407.21783, 3.3.2): with grouped queries
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,32 +26,37 @@ class Share:
     """This rank's two pieces of sequences."""
 
     group: ProcessGroup
-    _orders: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+    order: Tensor | None = None
+    """Where each token of the sequences under way is in what a gather gives."""
 
     def places(self) -> tuple[int, int]:
         """Return where its pieces are, counted in pieces."""
         rank = self.group.rank()
         return rank, 2 * self.group.size() - 1 - rank
 
-    def columns(self, length: int, rank: int | None = None) -> Tensor:
-        """Return which tokens of a sequence a rank has."""
-        rank, ranks = self.group.rank() if rank is None else rank, self.group.size()
-        pieces = torch.arange(length).chunk(2 * ranks)
-        return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
+    def columns(self, length: int, device: torch.device) -> Tensor:
+        """Return which tokens of a sequence it has."""
+        return _columns(length, self.group.rank(), self.group.size(), device)
 
-    def order(self, length: int, device: torch.device) -> Tensor:
-        """Return where each token of a sequence is in what a gather gives."""
-        if (length, device) not in self._orders:
-            ranks = range(self.group.size())
-            found = torch.cat([self.columns(length, rank) for rank in ranks]).argsort()
-            self._orders[length, device] = found.to(device)
-        return self._orders[length, device]
+
+# Made once: bringing them to a device makes the host wait for it.
+@cache
+def _columns(length: int, rank: int, ranks: int, device: torch.device) -> Tensor:
+    pieces = torch.arange(length).chunk(2 * ranks)
+    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]]).to(device)
+
+
+@cache
+def _order(length: int, ranks: int, device: torch.device) -> Tensor:
+    cpu = torch.device("cpu")
+    whole = torch.cat([_columns(length, rank, ranks, cpu) for rank in range(ranks)])
+    return whole.argsort().to(device)
 
 
 def divide_sequences(objective: nn.Module, model: Decoder, group: ProcessGroup) -> None:
     """Have `objective`, which is given whole sequences, compute this rank's share of them."""
     share = Share(group)
-    columns = share.columns(model.settings.context)
+    columns = share.columns(model.settings.context, torch.device("cpu"))
     model.randomness.columns = model.randomness.attention_columns = columns
     masks = _Masks(share)
     model.mask_of = masks
@@ -58,7 +64,8 @@ def divide_sequences(objective: nn.Module, model: Decoder, group: ProcessGroup) 
     def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         tokens = given[0]
         length = tokens.shape[1] if model.embed is not None else named["targets"].shape[1]
-        columns = share.columns(length).to(tokens.device)
+        columns = share.columns(length, tokens.device)
+        share.order = _order(length, group.size(), tokens.device)
         positions = named.get("positions")
         masks.documents = positions is not None
         if model.embed is not None:
@@ -96,7 +103,7 @@ class _Masks:
         if not self.documents and (window is None or window >= whole):
             return None
         found = []
-        pieces = self.share.columns(whole).to(device).chunk(2)
+        pieces = self.share.columns(whole, device).chunk(2)
         for index, (rows, places) in enumerate(zip(pieces, positions.chunk(2, 1), strict=True)):
             stop = (self.share.places()[index] + 1) * len(rows)
             columns = torch.arange(stop, device=device)
@@ -121,10 +128,9 @@ class _Attend:
         masks: list[Tensor] | None,
         dropout: AttentionDropout | None,
     ) -> Tensor:
-        group = self.share.group
-        both = gather(torch.stack([k, v]), 3, group)
-        length = both.shape[3]
-        k, v = both.index_select(3, self.share.order(length, q.device))
+        both = gather(torch.stack([k, v]), 3, self.share.group)
+        assert self.share.order is not None
+        k, v = both.index_select(3, self.share.order)
         found = []
         for index, queries in enumerate(q.chunk(2, 2)):
             stop = (self.share.places()[index] + 1) * queries.shape[2]

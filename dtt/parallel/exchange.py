@@ -11,6 +11,8 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dtt.dist import local
+
 # The names before PyTorch 2.13 warn from then on.
 _gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 _scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
@@ -93,8 +95,7 @@ def sum_gradients(
 
     On `device`, which the group can exchange, wherever they are.
     """
-    found = [p.grad for p in parameters if p.grad is not None]
-    tensors: list[Tensor] = [g.to_local() if hasattr(g, "to_local") else g for g in found]
+    tensors = [local(p.grad) for p in parameters if p.grad is not None]
     if not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device)

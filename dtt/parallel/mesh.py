@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ class Mesh:
     runtime: Runtime
     _groups: dict[tuple[str, ...], ProcessGroup] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def place(self) -> dict[str, int]:
         """This rank's coordinate on each axis."""
         return self.layout.coordinates(self.runtime.rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -38,9 +38,6 @@ STAGE = tuple(name for name in AXES if name != "pipeline")
 
 class Reader(Protocol):
     """Whole tensors, of which parts can be read."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of the whole tensors by name."""
 
     def read(self, name: str, part: Part) -> Tensor:
         """A part of a tensor, on the CPU."""
@@ -115,12 +112,16 @@ class ParallelModel:
         part = self.parts.get(name) or Part.all_of(
             tuple(tensor.shape), self.mesh.is_first("tensor")
         )
-        owned = part.owned and self.mesh.is_first(*copies)
-        part = Part(part.shape, part.ranges, owned)
-        if hasattr(tensor, "to_local"):
+        part = replace(part, owned=part.owned and self.mesh.is_first(*copies))
+        if isinstance(tensor, DTensor):
             rows = share_of(part.local_shape[0], self.layout.shard, self.mesh.place["shard"])
             return part.narrow(0, *rows)
-        return part if self.mesh.is_first("shard") else Part(part.shape, part.ranges, False)
+        return replace(part, owned=part.owned and self.mesh.is_first("shard"))
+
+    @cached_property
+    def _owned(self) -> list[str]:
+        """Names of the parameters of which this rank's elements are its to count."""
+        return [n for n, p in self.named_parameters().items() if self.part(n, p).owned]
 
     def shares(self) -> dict[str, tuple[Shares, ...]]:
         """Return by name how ranks divide a matrix, the last division first."""
@@ -211,11 +212,7 @@ class ParallelModel:
     def gradient_norm(self) -> Tensor:
         """Return the norm of the whole gradient, every element of it counted once."""
         named = self.named_parameters()
-        mine = [
-            local(p.grad)
-            for name, p in named.items()
-            if p.grad is not None and self.part(name, p).owned
-        ]
+        mine = [local(named[n].grad) for n in self._owned if named[n].grad is not None]
         norms = torch.stack(torch._foreach_norm(mine)) if mine else torch.zeros(1)
         total = norms.square().sum().to(self.mesh.runtime.device)
         self.mesh.runtime.sum(total)

@@ -64,10 +64,9 @@ class Pipeline:
         ]
         self.is_last = any(stage.is_last for stage in made)
         self._is_first = any(stage.is_first for stage in made)
-        several = schedule in ("interleaved", "zero-bubble")
         try:
             self._schedule = SCHEDULES[schedule](
-                made if several else made[0],
+                made if len(made) > 1 else made[0],
                 n_microbatches=forwards,
                 loss_fn=lambda loss, target: loss * self._scale,
                 scale_grads=False,

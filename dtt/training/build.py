@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -55,7 +56,7 @@ def build_stepper(
         dtype,
         division.rows,
         division.accumulation,
-        weights or InitialWeights(config, model),
+        weights or InitialWeights(config),
     )
     optimizer = build_optimizer(
         config.optimizer, parallel.named_parameters().items(), shares=parallel.shares()
@@ -71,18 +72,21 @@ def build_stepper(
     )
 
 
+@dataclass(frozen=True)
 class InitialWeights:
-    """The weights that a run of this seed begins with."""
+    """The weights that a run begins with."""
 
-    def __init__(self, config: Config, model: Decoder) -> None:
-        self._config = config
-        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+    config: Config
 
     def read(self, name: str, part: Part) -> torch.Tensor:
-        return part.take(initial(self._config.model, self._config.seed, name, part.shape))
+        return part.take(initial(self.config.model, self.config.seed, name, part.shape))
+
+
+class NamedReader(Reader, Protocol):
+    """A Reader that knows what there is."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the whole tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class SavedGroup:
         return self.saved.part(self.group, name, part)
 
 
-def load_optimizer(stepper: Stepper, state: Reader) -> None:
+def load_optimizer(stepper: Stepper, state: NamedReader) -> None:
     """Take over an optimizer's state, by name; of it only this rank's parts are read."""
     model = stepper.model
     stepper.optimizer.load_named_state(

@@ -146,7 +146,7 @@ def _run_workers(config: Config, workers: int, resume: str | Path | None, fresh:
     """Fork one process per rank and wait; the first that fails decides the exit code."""
     with progress() as advance:  # not while ranks wait for each other, which has a time limit
         prepare_corpora(config.data, config.tokenizer, report=_warn, advance=advance)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     # Forked workers share the imports of this process, which must not have used OpenMP or CUDA.
     start_method = "fork" if sys.platform == "linux" else "spawn"
     context: Any = multiprocessing.get_context(start_method)
@@ -240,7 +240,8 @@ def _warn(text: str) -> None:
     print(f"dtt train: warning: {text}", file=sys.stderr, flush=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from dtt.parallel.layout import resolve
 from dtt.parallel.part import Part
 from dtt.precision import choose_precision
 from dtt.training.build import build_model, build_stepper, load_optimizer
+from dtt.training.launch import free_port
 from dtt.verification import cases as sizes
 from dtt.verification.cases import Case, batch, small
 
@@ -97,10 +97,8 @@ def run(
 ) -> list[dict[str, Tensor]]:
     """Train cases of equally many ranks in processes of their own; return what each found."""
     ranks = cases[0].ranks
-    with tempfile.TemporaryDirectory(prefix="dtt-verify-") as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-        probe.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="dtt-verify-") as folder:
         # Forked ranks need no second import of torch; this process computes nothing itself.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         arguments = [(config, cases, rank, port, folder, alone) for rank in range(ranks)]

@@ -18,8 +18,7 @@ from dtt.config.optim import AdamW, Muon, Sgd
 from dtt.config.parallel import Parallel
 from dtt.config.schema import Config
 from dtt.errors import NumericError
-from dtt.parallel import tensor
-from dtt.parallel.context import Share
+from dtt.parallel import context, tensor
 from dtt.parallel.layout import resolve
 from dtt.parallel.pipeline import Pipeline
 from dtt.verification import cases, report
@@ -189,7 +188,7 @@ def split_heads_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mix_up_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Share, "order", lambda self, length, device: torch.arange(length))
+    monkeypatch.setattr(context, "_order", lambda length, ranks, device: torch.arange(length))
 
 
 def scale_twice(monkeypatch: pytest.MonkeyPatch) -> None:
