@@ -32,6 +32,8 @@ ROWS = {
     "dtt.evaluation": 4,
     "dtt.generation": 4,
     "dtt.verification": 5,
+    "dtt.launch": 5,
+    "dtt.doctor": 5,
     "dtt.commands": 6,
     "dtt.cli": 6,
     "dtt.main": 6,
