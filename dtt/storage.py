@@ -168,11 +168,15 @@ def remove(path: Path) -> None:
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal; memory use does not depend on its size."""
     digest = hashlib.sha256()
-    with storage_errors(path, "read"), path.open("rb", buffering=0) as file:
-        # Not a whole block for each of a thousand small files.
-        buffer = memoryview(bytearray(min(os.fstat(file.fileno()).st_size, BLOCK) or 1))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    with storage_errors(path, "read"):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            left = os.fstat(file).st_size  # so that small files need no second read, for their end
+            while left > 0 and (block := os.read(file, min(left, BLOCK))):
+                digest.update(block)
+                left -= len(block)
+        finally:
+            os.close(file)
     return digest.hexdigest()
 
 

@@ -65,12 +65,13 @@ class StdlibReader:
         self.settings = settings
         self.bad: Counter[str] = Counter()
         root = Path(sysconfig.get_paths()["stdlib"])
-        found: list[Path] = []
+        found: list[str] = []
         for folder, inner, names in os.walk(root):
             # Pruned, not filtered: installed packages may be a hundred times the library.
             inner[:] = set(inner) - {"site-packages", "dist-packages", "__pycache__"}
-            found += [Path(folder, name) for name in names if name.endswith(".py")]
-        self.files = [(str(p), p.stat().st_size) for p in sorted(found)]
+            found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        found.sort(key=lambda name: name.split(os.sep))  # as paths are ordered, not their letters
+        self.files = [(name, os.stat(name).st_size) for name in found]
         if not self.files:
             raise DataError(f"no Python sources below {root}", "use another data.source")
 
