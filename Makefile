@@ -6,13 +6,14 @@ INSTALLED = $(VENV)/.installed
 DEVELOPING = $(VENV)/.developing
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-thorough check docs clean
 
 help:
-	@echo "make demo   install into $(VENV), train a small model for about a minute, let it write"
-	@echo "make test   install into $(VENV), run the whole test suite"
-	@echo "make check  lint, format and types"
-	@echo "make docs   write the generated pages of docs/ anew"
+	@echo "make demo            install into $(VENV), train a small model for about a minute, let it write"
+	@echo "make test            install into $(VENV), run the test suite"
+	@echo "make test-thorough   the tests that take long, or need Slurm, Open MPI or root"
+	@echo "make check           lint, format and types"
+	@echo "make docs            write the generated pages of docs/ anew"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ demo: $(INSTALLED)
 
 test: $(DEVELOPING)
 	$(BIN)/python -m pytest
+
+test-thorough: $(DEVELOPING)
+	$(BIN)/python -m pytest -m thorough
 
 check: $(DEVELOPING)
 	$(BIN)/ruff check .

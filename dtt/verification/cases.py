@@ -139,7 +139,8 @@ def small(config: Config, case: Case) -> Config:
         "micro_batch_size": case.micro,
         "accumulation": None,
         "precision": case.precision,
-        "compile": False,
+        # PyTorch's split backward, which zero-bubble is made of, does not know compiled blocks.
+        "compile": config.training.compile and case.parallel.get("schedule") != "zero-bubble",
     }
     parallel = type(config.parallel).model_validate(case.parallel)
     return config.model_copy(

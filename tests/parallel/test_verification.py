@@ -144,6 +144,25 @@ def test_bf16_differs_by_its_rounding_only(preset: str) -> None:
         assert apart(result, exact)[2] > 3e-3, f"{case.name} computes in fp32"
 
 
+@pytest.mark.thorough
+def test_compiled_blocks_train_alike_in_every_layout() -> None:
+    """From one process that compiles, too; it rounds otherwise than one that does not."""
+    config = Config(model=Model(layers=2, tied_head=False), optimizer=AdamW())
+    compiled = config.training.model_copy(update={"compile": True})
+    config = config.model_copy(update={"training": compiled})
+    names = ("DDP", "FSDP2", "TP", "CP", "PP, 1F1B", "PP, interleaved", "FSDP2 x TP")
+    going = [case for case in cases_for(config) if case.name in names]
+    assert len(going) == len(names)
+    (alone,) = run(config, [ALONE])
+    for ranks in (2, 4):
+        some = [case for case in going if case.ranks == ranks]
+        for case, found in zip(some, run(config, some, alone), strict=True):
+            assert compare(found, alone).within(case), (case.name, compare(found, alone))
+    eager = config.training.model_copy(update={"compile": False})
+    (other,) = run(config.model_copy(update={"training": eager}), [ALONE])
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in alone.items())
+
+
 def test_a_rank_without_experts_takes_part_in_their_groups() -> None:
     """Of the stages of an interleaved pipeline, one rank's have none of them."""
     experts = Experts(number=4, every=2, balance="bias")
