@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from small_run import (
     Done,
     assert_same_run,
@@ -160,7 +161,7 @@ def test_what_ranks_have_written_is_collected_once(tmp_path: Path) -> None:
         for group, (name, written, _) in report.files.items():
             assert name == f"{group}-{rank:05d}-of-00003.safetensors"
             assert written.size == (tmp_path / name).stat().st_size
-            assert written.sha256 == storage.sha256(tmp_path / name)
+            assert written.digest == storage.file_digest(tmp_path / name, blake3)
     assert len(reports) == 2 and not list(tmp_path.glob("*.json"))
 
 
