@@ -157,7 +157,8 @@ def _contents(
             contents[name] = file.read_bytes()
         _compare(path, name, entry, blake3(contents[name]).hexdigest())
     if hashed:
-        with ThreadPoolExecutor(min(len(large), cores()) or 1) as pool:
+        # More of them than cores, since they wait for the disk, too.
+        with ThreadPoolExecutor(min(len(large), 2 * cores()) or 1) as pool:
             for name, found in zip(large, pool.map(lambda n: _hash(path, n), large), strict=True):
                 _compare(path, name, manifest["files"][name], found)
     return contents, {group: StoredTensors(files) for group, files in opened.items()}
