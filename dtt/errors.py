@@ -32,6 +32,10 @@ class ConfigError(DttError):
     exit_code = 2
 
 
+class RankError(ConfigError):
+    """A rank does not fit to the others of its launch; it says so itself, as they may not know."""
+
+
 class DataError(DttError):
     """A text, a shard or a tokenizer cannot be used as input."""
 
