@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtt import network
+from dtt.alarm import Alarm
 from dtt.errors import (
     EXIT_INTERNAL,
     ConfigError,
@@ -49,8 +51,8 @@ class Runtime:
 
     place: Place
     device: torch.device
-    met: Met | None = None
-    """The other ranks, where there are any."""
+    alarm: Alarm | None = None
+    """Where there are other ranks."""
 
     @property
     def rank(self) -> int:
@@ -92,8 +94,29 @@ class Runtime:
         result: T = outcome[0]
         return result
 
+    @contextmanager
+    def sharing_failures(self) -> Iterator[None]:
+        """Tell the other ranks of an error that leaves the block, and name the rank that is lost.
+
+        LostRankError replaces what a collective raises that another rank did not come to.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.alarm is None:
+                raise
+            if _is_loss(error):
+                raise self.alarm.lost() from error
+            self.alarm.ring(error)
+            raise
+        finally:
+            if self.alarm is not None:
+                self.alarm.close()
+
     def close(self) -> None:
         """Leave the process group; call before the process ends well."""
+        if self.alarm is not None:
+            self.alarm.close()
         if self.ranks > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -131,7 +154,12 @@ def start(
     )
     met = meet(place, find_point(place, os.environ), card, seconds)
     _join(met, place, chosen)
-    return Runtime(place, chosen, met)
+    return Runtime(place, chosen, Alarm(met.room, met.cards))
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _interface_address(variable: str) -> str:

@@ -66,6 +66,10 @@ class PeerError(DttError):
     exit_code = 7
 
 
+class LostRankError(PeerError):
+    """This rank is well, but has lost another one; that one's own message says more."""
+
+
 class BusyError(DttError):
     """Another process is writing to the same run folder."""
 

@@ -94,13 +94,22 @@ def resolve(host: str, port: int, seconds: float) -> list[str]:
     return list(dict.fromkeys(plain(str(entry[4][0])) for entry in found))
 
 
-def reach(host: str, port: int, seconds: float) -> tuple[str, str]:
-    """Connect once and close; return the address of this end and of the other, or OSError."""
+def reach(host: str, port: int, seconds: float, greeting: bytes = b"") -> tuple[str, str, bytes]:
+    """Connect once and close; return (address of this end, of the other, answer), or raise OSError.
+
+    The answer is what comes first after a `greeting`, if any does.
+    """
     error: OSError = socket.gaierror(socket.EAI_NONAME, "no address")
     for address in resolve(host, port, seconds):
         try:
             with socket.create_connection((address, port), seconds) as link:
-                return plain(link.getsockname()[0]), plain(link.getpeername()[0])
+                answer = b""
+                if greeting:
+                    link.settimeout(min(1.0, seconds))
+                    with contextlib.suppress(OSError):
+                        link.sendall(greeting)
+                        answer = link.recv(64)
+                return plain(link.getsockname()[0]), plain(link.getpeername()[0]), answer
         except OSError as refused:
             error = refused
     raise error
@@ -157,7 +166,7 @@ def named_interfaces(variable: str, value: str) -> list[str]:
     """
     names, known = [part for part in re.split(r"[,\s]+", value) if part], list(interfaces())
     if not variable.startswith("NCCL"):
-        return [name for name in names if name in known]
+        return names if set(names) <= set(known) else []  # gloo wants all of them
     exact, out = value.lstrip("^").startswith("="), value.startswith("^")
     wanted = [name.lstrip("^=") for name in names]
 

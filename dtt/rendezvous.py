@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import socket
+import struct
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
@@ -34,6 +35,9 @@ CONNECTING = 5.0
 """Seconds for one attempt to connect; a host that is there answers in thousandths."""
 STORE = timedelta(minutes=5)
 """What the store waits for a key that has to come, as torch's default."""
+GREETING = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + b"\r\n\r\n"
+"""What a TCPStore says first (c10d's VALIDATE and PING) with a number that it gets back, and that
+ends a line for what is no store: torch's client prints pages about such a one."""
 ROUND = "dtt/round"
 """Where the newest room of a store is named."""
 
@@ -57,7 +61,7 @@ def meet(place: Place, point: Point, card: Card, seconds: float) -> Met:
     together. A signal handler that raises ends it at once, and tells the others.
     """
     with network.listen(0) as door:
-        card = replace(card, door=door.getsockname()[1])
+        card = replace(card, launch=point.launch, door=door.getsockname()[1])
         return _Meeting(place, point, card, Clock(seconds)).hold()
 
 
@@ -169,15 +173,18 @@ class _Meeting:
     def _doubt(self) -> str:
         """What makes it likely that the others look for rank 0 elsewhere; empty: nothing does."""
         host, here = self.point.address, self.card.host
+        if not self.presides:
+            return ""
         try:
             addresses = network.resolve(host, self.point.port, CONNECTING)
         except OSError:
-            return f"; {here}, where rank 0 is, cannot resolve {host}"
+            return f" ({here}, where rank 0 is, cannot resolve {host})"
         if not any(map(network.is_own, addresses)):
             has = network.shown_interfaces()
-            return f"; {host} is no address of {here}, where rank 0 is: it has {has}"
+            return f" ({host} is no address of {here}, where rank 0 is: it has {has})"
         if all(map(network.is_loopback, addresses)) and self.place.local_ranks < self.place.ranks:
-            return f"; to {here} {host} is {addresses[0]}, where no other host reaches it"
+            means = "" if host == addresses[0] else f"{host} is "
+            return f" ({means}{addresses[0]}, where no other host can reach {here})"
         return ""
 
     # --- the other ranks ---
@@ -221,7 +228,9 @@ class _Meeting:
     def _connect(self) -> Store:
         host, port = self.point.address, self.point.port
         seconds = max(0.1, min(CONNECTING, self.clock.left))
-        mine, _ = network.reach(host, port, seconds)
+        mine, _, answer = network.reach(host, port, seconds, GREETING)
+        if answer and answer != GREETING[-len(answer) :]:
+            raise dist.DistError("no store")
         self.card = replace(self.card, address=self.card.address or mine)
         try:
             return network.bounded(lambda: TCPStore(host, port, None, False, STORE, False), seconds)
@@ -275,20 +284,22 @@ class _Meeting:
         """Pause; PeerError, on all ranks, when the time is over."""
         if self.clock.left:
             says = self.presides or (room is None and self.place.local_rank == 0)
-            self.clock.pause((lambda: f"waiting for {self._awaited(room)}") if says else None)
+            waiting = lambda: f"waiting for {self._absent(room)} at {self._where}{self._doubt()}"  # noqa: E731
+            self.clock.pause(waiting if says else None)
             return
         error = PeerError(
-            f"{self._awaited(room)} did not come within {self.clock.seconds:.0f} s",
-            "see their messages and their nodes; --parallel.rendezvous_timeout gives more time",
+            f"{self._absent(room)} did not come to {self._where} within "
+            f"{self.clock.seconds:.0f} s{self._doubt()}",
+            "look at their output and at their nodes, or give them more time with "
+            "--parallel.rendezvous_timeout",
         )
         if room is None:
             raise error
         room.fail(error)
 
-    def _awaited(self, room: Room | None) -> str:
+    def _absent(self, room: Room | None) -> str:
         ranks = [0] if room is None else room.missing()
-        names = names_of(ranks, self.place.ranks, self.point.nodes, self.place.local_ranks)
-        return f"{names} at {self._where}{self._doubt() if self.presides else ''}"
+        return names_of(ranks, self.place.ranks, self.point.nodes, self.place.local_ranks)
 
     def _prove_links(self, met: Met) -> None:
         """Connect to a rank of every other host; PeerError, on all ranks, if one cannot."""

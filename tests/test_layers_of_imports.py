@@ -24,6 +24,7 @@ ROWS = {
     "dtt.network": 0,
     "dtt.pmi": 0,
     "dtt.room": 0,
+    "dtt.alarm": 0,
     "dtt.rendezvous": 0,
     "dtt.storage": 0,
     "dtt.config": 1,

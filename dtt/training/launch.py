@@ -20,8 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from torch.distributed import DistError
-
 from dtt.config.load import named
 from dtt.config.schema import Config
 from dtt.data.corpora import prepare_corpora
@@ -33,6 +31,7 @@ from dtt.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     DataError,
+    LostRankError,
     PeerError,
     RankError,
 )
@@ -82,7 +81,8 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
         config.parallel.rendezvous_timeout,
     )
     begun = time.perf_counter()
-    with open_run(config, runtime, str(resume) if resume else None, fresh) as run:
+    taken = str(resume) if resume else None
+    with runtime.sharing_failures(), open_run(config, runtime, taken, fresh) as run:
         if run.state.step >= run.steps:
             run.reporter.info(f"{run.folder} is already complete: {run.state.step} steps")
         else:
@@ -128,9 +128,8 @@ def _rank(
     except Exception as error:
         if config.logging.level == "debug":
             traceback.print_exc()
-        if isinstance(error, DistError) or "gloo/transport" in str(error):
-            lost = PeerError("another rank was lost", "see its messages; the same command goes on")
-            return report_error("dtt train", lost, quiet=spoken is not None)
+        if isinstance(error, LostRankError):
+            return report_error("dtt train", error, quiet=spoken is not None)
         if spoken is None:
             shared = isinstance(error, ConfigError | DataError) and not isinstance(error, RankError)
             return report_error("dtt train", error, quiet=shared and not speaks)
