@@ -7,6 +7,7 @@ look once a second; they report it, and one that does not come back from a colle
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,10 +17,13 @@ import time
 import torch.distributed as dist
 
 from dtt.errors import DttError, LostRankError, OtherRankError
+from dtt.network import bounded
 from dtt.room import Card, Room
 
 PERIOD = 1.0
 """Seconds between two looks at the store."""
+PATIENCE = 3 * PERIOD
+"""Seconds that a rank which ends spends on the others."""
 GRACE = 10.0
 """Seconds that a rank has to notice by itself that it has lost another one."""
 
@@ -40,26 +44,28 @@ class Alarm:
 
     def ring(self, error: Exception) -> None:
         """Tell the others why this rank fails, unless another one was first."""
+        with contextlib.suppress(TimeoutError, dist.DistError):  # rank 0 may have gone
+            bounded(lambda: self._ring(error), PATIENCE)
+
+    def _ring(self, error: Exception) -> None:
         what = str(error) if isinstance(error, DttError) else f"{type(error).__name__}: {error}"
         reason = json.dumps({"rank": self._room.card.rank, "what": what.splitlines()[0][:400]})
         store = self._room.store
-        try:
-            known = isinstance(error, OtherRankError)
-            if known or store.compare_set("failed", "", reason).decode() != reason:
-                store.add("heard", 1)  # it ends for the same reason
-                return
-            until = time.monotonic() + 2 * PERIOD
-            while self._room.serves and time.monotonic() < until:  # the store ends with it
-                if store.add("heard", 0) >= len(self._cards) - 1:
-                    break
-                time.sleep(0.02)
-        except dist.DistError:
-            return  # rank 0 has gone, and the store with it
+        known = isinstance(error, OtherRankError)
+        if known or store.compare_set("failed", "", reason).decode() != reason:
+            store.add("heard", 1)  # it ends for the same reason
+            return
+        until = time.monotonic() + 2 * PERIOD
+        while self._room.serves and time.monotonic() < until:  # the store ends with it
+            if store.add("heard", 0) >= len(self._cards) - 1:
+                break
+            time.sleep(0.02)
 
     def lost(self) -> LostRankError:
         """Return the loss of another rank as an error, with its reason where it has left one."""
         if not self._heard:
-            self._look()
+            with contextlib.suppress(TimeoutError):
+                bounded(self._look, PATIENCE)
         if not self._heard:
             return LostRankError("another rank was lost", "see its messages")
         return LostRankError(self._heard, "this rank could not go on without it")

@@ -175,6 +175,8 @@ class Clock:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.begun = seconds, time.monotonic()
+        self.paused = self.begun
+        """When it was last asked for a pause."""
         self._interval, self._next = 0.001, FIRST_WORD
 
     @property
@@ -185,13 +187,18 @@ class Clock:
     def left(self) -> float:
         return max(0.0, self.seconds - self.elapsed)
 
+    @property
+    def over(self) -> float:
+        return max(0.0, self.elapsed - self.seconds)
+
     def pause(self, what: Callable[[], str] | None, longest: float = 0.05) -> None:
         """Sleep for a moment; after some time without success say `what` is waited for."""
         if what is not None and self.elapsed > self._next:
             self._next *= 3
             said = f"dtt: {what()} ({self.elapsed:.0f} s of {self.seconds:.0f} s)"
             print(said, file=sys.stderr, flush=True)
-        time.sleep(min(self._interval, self.left))
+        self.paused = time.monotonic()
+        time.sleep(min(self._interval, self.left or self._interval))
         self._interval = min(1.5 * self._interval, longest)
 
 
