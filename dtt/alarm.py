@@ -55,10 +55,14 @@ class Alarm:
         if known or store.compare_set("failed", "", reason).decode() != reason:
             store.add("heard", 1)  # it ends for the same reason
             return
+        self._linger()
+
+    def _linger(self) -> None:
+        """Keep the store, if it is this rank's, until the others have heard of the failure."""
         until = time.monotonic() + 2 * PERIOD
-        while self._room.serves and time.monotonic() < until:  # the store ends with it
-            if store.add("heard", 0) >= len(self._cards) - 1:
-                break
+        while self._room.serves and time.monotonic() < until:
+            if self._room.store.add("heard", 0) >= len(self._cards) - 1:
+                return
             time.sleep(0.02)
 
     def lost(self) -> LostRankError:
@@ -68,6 +72,8 @@ class Alarm:
                 bounded(self._look, PATIENCE)
         if not self._heard:
             return LostRankError("another rank was lost", "see its messages")
+        with contextlib.suppress(TimeoutError, dist.DistError):
+            bounded(self._linger, PATIENCE)
         return LostRankError(self._heard, "this rank could not go on without it")
 
     def _listen(self) -> None:
@@ -81,7 +87,7 @@ class Alarm:
     def _look(self) -> bool:
         """Take up the reason of the first rank that failed, if any; False if the store has gone."""
         try:
-            if self._room.store.check(["failed"]):
+            if not self._heard and self._room.store.check(["failed"]):
                 first = json.loads(self._room.store.get("failed"))
                 card = self._cards[first["rank"]]
                 self._heard = f"rank {card.rank} on {card.host} failed: {first['what']}"

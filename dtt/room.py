@@ -177,7 +177,7 @@ class Clock:
         self.seconds, self.begun = seconds, time.monotonic()
         self.paused = self.begun
         """When it was last asked for a pause."""
-        self._interval, self._next = 0.001, FIRST_WORD
+        self._next = FIRST_WORD
 
     @property
     def elapsed(self) -> float:
@@ -198,8 +198,8 @@ class Clock:
             said = f"dtt: {what()} ({self.elapsed:.0f} s of {self.seconds:.0f} s)"
             print(said, file=sys.stderr, flush=True)
         self.paused = time.monotonic()
-        time.sleep(min(self._interval, self.left or self._interval))
-        self._interval = min(1.5 * self._interval, longest)
+        interval = min(max(0.001, self.elapsed / 10), longest)  # late by a tenth at most
+        time.sleep(min(interval, self.left or interval))
 
 
 def difference(cards: Sequence[Card]) -> RankError | None:
