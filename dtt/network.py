@@ -93,8 +93,12 @@ def plain(address: str) -> str:
 
 
 def resolve(host: str, port: int, seconds: float) -> list[str]:
-    """Return the numeric addresses of a name; OSError (gaierror) if it has none in that time."""
-    found = bounded(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), seconds)
+    """Return the numeric addresses of a name; gaierror if it has none, or not in that time."""
+    try:
+        found = bounded(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), seconds)
+    except TimeoutError:
+        silent = "the name service does not answer"
+        raise socket.gaierror(socket.EAI_AGAIN, silent) from None
     return list(dict.fromkeys(plain(str(entry[4][0])) for entry in found))
 
 

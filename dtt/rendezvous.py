@@ -88,6 +88,7 @@ class _Meeting:
         self.room: Room | None = None
         self.presides = place.rank == 0
         self.serves = self.presides and not point.served
+        self.foreign = False  # whether there was another launch's room
 
     def hold(self) -> Met:
         try:
@@ -202,6 +203,8 @@ class _Meeting:
         try:
             addresses = network.resolve(host, self.point.port, CONNECTING)
         except OSError:
+            if "SLURM" in self.point.source and network.slurm_address(host) != host:
+                return ""  # where the others ask Slurm as well
             return f" ({here}, where rank 0 is, cannot resolve {host})"
         if not any(map(network.is_own, addresses)):
             has = network.shown_interfaces()
@@ -216,6 +219,8 @@ class _Meeting:
     def _attend(self) -> Met:
         """Find the room of this launch and wait there for the others."""
         while True:
+            if not self.clock.left:
+                self._refuse_foreign()
             store = self._reach()
             try:
                 if met := self._follow(store):
@@ -223,12 +228,15 @@ class _Meeting:
             except dist.DistError:
                 if self.room is not None:
                     raise
-            if not self.clock.left:
-                raise PeerError(
-                    f"another launch holds {self._where}, where {self.card} looks for its own",
-                    "end that one, or set MASTER_PORT to a free port, the same for all ranks",
-                )
+            self.foreign = True
             self.clock.pause(lambda: f"waiting: another launch holds {self._where}", 0.5)
+
+    def _refuse_foreign(self) -> None:
+        if self.foreign:
+            raise PeerError(
+                f"another launch holds {self._where}, where {self.card} looks for its own",
+                "end that one, or set MASTER_PORT to a free port, the same for all ranks",
+            )
 
     def _reach(self) -> Store:
         """Connect to the store; PeerError, with the reason, if that takes too long."""
@@ -244,6 +252,7 @@ class _Meeting:
                 what = f"what listens at {self._where} is no store of ranks"
                 fix = "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port of it"
             if not self.clock.left:
+                self._refuse_foreign()
                 raise PeerError(f"rank {self.place.rank} did not find rank 0: {what}", fix)
             waiting = f"rank {self.place.rank} waits for rank 0: {what} [{self.point.source}]"
             quiet = self.place.local_rank > 0
@@ -251,7 +260,7 @@ class _Meeting:
 
     def _connect(self) -> Store:
         host, port = self.point.address, self.point.port
-        seconds = max(0.1, min(CONNECTING, self.clock.left))
+        seconds = max(0.5, min(CONNECTING, self.clock.left))
         mine, _, answer = network.reach(host, port, seconds, GREETING)
         if answer and answer != GREETING[-len(answer) :]:
             raise dist.DistError("no store")
