@@ -28,14 +28,15 @@ from dtt.data.loader import Batch
 from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
+from dtt.launch import elastic_agent
 from dtt.parallel.layout import resolve
-from dtt.training import build, launch
+from dtt.training import build
 from dtt.training.saved import open_checkpoint
 from dtt.training.step import Stepper, StepResult
 
 WORDS = ("the", "a", "cat", "dog", "bird", "saw", "heard", "ran", "to", "from", "big", "small")
 STEPS = 24
-PRELOADED = ["dtt.training.launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
+PRELOADED = ["dtt.launch.elastic", "torch._dynamo", "matplotlib.pyplot", "small_run"]
 SETTINGS = {
     "name": "small",
     "tokenizer.name": "char",
@@ -94,11 +95,12 @@ def start(
     environ: dict[str, str] | None = None,
     die: tuple[int, int] | None = None,
     slow: float = 0.0,
-    grace: float = launch.GRACE,
+    grace: float = elastic_agent.GRACE,
 ) -> Any:
     """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step.
 
-    `grace` is how many seconds workers have to end when another one has died.
+    That step is counted from the rank's start, and only its first start dies. `grace` is how many
+    seconds workers have to end when another one has died.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -135,7 +137,7 @@ def _main(
 ) -> None:
     from dtt.cli import main
 
-    launch.GRACE = grace
+    elastic_agent.GRACE = grace
 
     os.chdir(folder)
     for stream, name in ((1, "out"), (2, "err")):
@@ -146,13 +148,14 @@ def _main(
 
     def update(self: Stepper, factor: float) -> None:
         steps[0] += 1
-        if die is not None and (self.runtime.rank, steps[0]) == die:
+        if die is not None and (self.runtime.rank, steps[0]) == die and not died.exists():
+            died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if slow:
             signal.sigtimedwait([], slow)
         whole(self, factor)
 
-    steps = [0]
+    steps, died = [0], folder / f"died-{os.getpid()}"
     Stepper.update = update  # type: ignore[method-assign]
     code = main(argv)
     sys.stdout.flush()

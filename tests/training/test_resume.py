@@ -68,7 +68,8 @@ def await_step(run: Path, step: int, seconds: float = 30) -> None:
 def test_killed_at_random_steps(
     folder: Path, uninterrupted: Uninterrupted, ranks: int, seed: int
 ) -> None:
-    draw, changes = random.Random(seed), {"parallel.world_size": str(ranks)}
+    changes = {"parallel.world_size": str(ranks), "parallel.restarts": "0"}
+    draw = random.Random(seed)
     for _ in range(3):
         done = train(folder, changes, die=(draw.randrange(ranks), draw.randint(5, 8)), slow=0.03)
         assert done.code == (-signal.SIGKILL if ranks == 1 else 7)
@@ -127,7 +128,8 @@ MIXTURE = """data:
 def test_killed_with_a_mixture_of_packed_documents(folder: Path, ranks: str) -> None:
     (folder / "mixture.yaml").write_text(MIXTURE, encoding="utf-8")
     gone = {"data.source.name": None, "data.source.path": None}
-    words = ["train", "-c", "mixture.yaml", *flags(gone | {"parallel.world_size": ranks})]
+    changes = gone | {"parallel.world_size": ranks, "parallel.restarts": "0"}
+    words = ["train", "-c", "mixture.yaml", *flags(changes)]
     assert command(folder, [*words, "--name", "whole"]).code == 0
     for stop in (5, 9):
         assert command(folder, words, die=(0, stop), slow=0.03).code in (-signal.SIGKILL, 7)
