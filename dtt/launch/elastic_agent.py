@@ -71,14 +71,21 @@ class Agent(LocalElasticAgent):
     SIGINT ends all at once. At most one start has workers at any time.
     """
 
-    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, task: Task, most_nodes: int = 1) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: LogsSpecs,
+        task: Task,
+        most_nodes: int = 1,
+        endpoint: str = "",
+    ) -> None:
         super().__init__(spec, logs, START_METHOD)
         os.environ.update(ENVIRONMENT)
         for name in ("torch.distributed.elastic", "torch.distributed.run"):
             logging.getLogger(name).propagate = False  # this class says what there is to say
             logging.getLogger(name).addHandler(logging.NullHandler())
         self._task, self._most_nodes = task, most_nodes
-        self._nodes = Nodes(spec.rdzv_handler)
+        self._nodes = Nodes(spec.rdzv_handler, endpoint)
         self._checkpoints = run_folder(task.config) / "checkpoints"
         self._old = self._found_checkpoints() if task.fresh else set()
         self._command = "the same command" + " without --fresh" * task.fresh

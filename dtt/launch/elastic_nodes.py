@@ -44,6 +44,9 @@ PARTING = 10.0
 FINISHING = 300.0
 """Seconds that they wait after a run that ended well: another one's ranks may be still saving."""
 
+LAST_WORD = 0.5
+"""Seconds after its last word that a launcher stays: the others' last words may need its store."""
+
 
 class OneMachine(RendezvousHandler):
     """A meeting of one: no socket, no thread and no waiting."""
@@ -87,8 +90,8 @@ class Nodes:
     not need it.
     """
 
-    def __init__(self, handler: RendezvousHandler) -> None:
-        self._handler = handler
+    def __init__(self, handler: RendezvousHandler, endpoint: str = "") -> None:
+        self._handler, self._endpoint = handler, endpoint
         self._store: Any = HashStore()
         self._count = 1
         self._asked_at = 0.0
@@ -110,9 +113,8 @@ class Nodes:
             ) from None
         except (RendezvousError, RuntimeError) as error:
             raise PeerError(
-                "the machine that holds the meeting point (--rdzv-endpoint) cannot be reached: "
-                + str(error).splitlines()[0],
-                "start its launcher first; the same command goes on",
+                f"{self._endpoint}, where the machines meet, cannot be reached any more",
+                "start the launchers again, on that machine or with another --rdzv-endpoint",
             ) from error
 
     def names(self) -> list[str]:
@@ -176,6 +178,8 @@ class Nodes:
     def close(self) -> None:
         """Let nobody join any more."""
         self._ask(self._handler.shutdown)
+        if self._count > 1:
+            time.sleep(LAST_WORD)
 
     def _ask(self, question: Callable[[], T]) -> T | None:
         try:

@@ -31,7 +31,7 @@ def _on_workers(config: Config, resume: str | Path | None, fresh: bool) -> int:
     with progress() as advance:  # not while ranks wait for each other, which has a time limit
         prepare_corpora(config.data, config.tokenizer, report=_warn, advance=advance)
     # What starts workers is imported where they are.
-    from dtt.launch.elastic import train_here
+    from dtt.launch.elastic_launch import train_here
     from dtt.launch.elastic_worker import Task
 
     return train_here(Task(config, resume, fresh))

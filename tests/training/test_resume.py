@@ -17,6 +17,8 @@ from small_run import (
     STEPS,
     Done,
     assert_same_run,
+    await_step,
+    children,
     command,
     final_tensors,
     flags,
@@ -51,17 +53,6 @@ def in_process(capsys: pytest.CaptureFixture[str], *words: str, **changes: str) 
     code = main(["train", *flags(settings), *words])
     streams = capsys.readouterr()
     return Done(code, streams.out, streams.err)
-
-
-def await_step(run: Path, step: int, seconds: float = 30) -> None:
-    """Wait until a run has written the figures of a step."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        path = run / "metrics.jsonl"
-        if path.exists() and f'{{"step": {step},' in path.read_text(encoding="utf-8"):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step} after {seconds} s")
 
 
 @pytest.mark.parametrize(("ranks", "seed"), [(1, 0), (1, 1), (2, 2), (2, 3)])
@@ -203,8 +194,7 @@ def test_a_signal_to_one_rank_stops_all(folder: Path, uninterrupted: Uninterrupt
     changes: dict[str, str | None] = {"parallel.world_size": "2", "logging.every": "1"}
     process = start(folder, ["train", *flags(changes)], slow=0.03)
     await_step(RUN, 6)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGTERM)
+    os.kill(children(process)[1], signal.SIGTERM)
     done = wait(process, folder)
     assert (done.code, done.err) == (75, "")
     assert train(folder, changes).code == 0
