@@ -37,9 +37,12 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 """Forked workers share the imports of this process, which must not have used OpenMP or CUDA."""
 GRACE = 10.0
 """Seconds that the other workers have to end by themselves when one has failed."""
+ABANDON = 2.0
+"""Seconds that they have when another machine is gone: they have waited for it already."""
 PATIENCE = 900.0
 """Seconds that workers have to save and leave when they are asked to: more than a checkpoint of
 many ranks may take (dtt.training.ranks.PATIENCE). Schedulers have a limit of their own."""
+FOREVER = float("inf")
 INTERVAL = 0.1
 """Seconds between two looks at signals; the end of a worker is seen at once."""
 
@@ -92,7 +95,7 @@ class Agent(LocalElasticAgent):
         self._restarts = Restarts(self._checkpoints, spec.max_restarts, self._command)
         self._starts = 0
         self._asked: signal.Signals | None = None
-        self._asked_at = float("inf")
+        self._asked_at = FOREVER
         self._meeting = False
 
     def train(self) -> int:
@@ -204,9 +207,9 @@ class Agent(LocalElasticAgent):
         """Wait for this machine's workers to end, and leave those that do not."""
         codes: dict[int, int] = {}
         told: signal.Signals | None = None
-        deadline, why = float("inf"), f"no rank saved and left within {PATIENCE:.0f} s"
+        deadline = gone_at = FOREVER
         processes = self._processes()
-        while (processes or not codes) and time.monotonic() < deadline:
+        while processes or not codes:
             wait([process.sentinel for process in processes.values()], INTERVAL)
             for rank, process in list(processes.items()):
                 if process.exitcode is not None:
@@ -222,13 +225,14 @@ class Agent(LocalElasticAgent):
                 ended = self._hear(processes)
                 if ended is not None and not processes:
                     return ended
-                if self._nodes.missing():
-                    why = f"a machine left or is gone, here are {', '.join(self._nodes.names())}"
-                    deadline = min(deadline, time.monotonic() + GRACE)
+                gone_at = min(gone_at, time.monotonic()) if self._nodes.missing() else FOREVER
+            if time.monotonic() > min(deadline, gone_at + ABANDON):
+                break
             if self._asked is not None and not processes and not codes:
                 raise SystemExit(EXIT_PREEMPTED)  # a machine that only waits leaves alone
         if set(codes.values()) <= set(GOOD) and (processes or not codes):
-            return Lost(why)
+            late = "the ranks did not save and leave in time"
+            return Lost(self._nodes.loss() if gone_at < FOREVER else late)
         return judge(codes, self._where(), again=self._starts > 1)
 
     def _hear(self, processes: dict[int, Any]) -> int | None:

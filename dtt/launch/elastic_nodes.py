@@ -27,15 +27,18 @@ SETTINGS = {
     "join_timeout": 600,
     "last_call_timeout": 3,
     "keep_alive_interval": 2,
-    "keep_alive_max_attempt": 3,
+    "keep_alive_max_attempt": 6,
+    "heartbeat_timeout": 15,
     "read_timeout": 15,
 }
 """Seconds for torch's rendezvous (--rdzv-conf overrides them).
 
-A machine is given up after keep_alive_interval x keep_alive_max_attempt without a word, 6 s and not
-15: a shorter cut of the network does no harm. With MIN:MAX machines a start waits last_call_timeout
-for more than MIN, 3 s and not 30, because one that comes later is let in by a restart that repeats
-no step. read_timeout is how long a launcher can be deaf to signals when the network is cut.
+A machine is given up after keep_alive_interval x keep_alive_max_attempt without a word, 12 s and
+not 15: a cut of the network for 4 s does no harm (TCP is silent for 6 s then), and clocks may
+differ by less than that. A word that takes longer than heartbeat_timeout is not said at all. With
+MIN:MAX machines a start waits last_call_timeout for more than MIN, 3 s and not 30, because one that
+comes later is let in by a restart that repeats no step.
+read_timeout is how long a launcher can be deaf to signals when the network is cut.
 """
 PAUSE = 1.0
 """Seconds between two questions to the store: at most one a second from each machine."""
@@ -121,6 +124,13 @@ class Nodes:
         """Return the machines that are in the present round."""
         state: Any = getattr(self._handler, "_state_holder", None)
         return sorted(node.addr for node in state.state.participants) if state else ["localhost"]
+
+    def loss(self) -> str:
+        """Say what is missing, if something is."""
+        handler: Any = self._handler
+        if handler._this_node not in handler._state_holder.state.participants:
+            return "the other machines have not heard of this one for too long"
+        return f"a machine left or is gone; here is {', '.join(self.names())}"
 
     def due(self) -> bool:
         """Whether it is time to ask for news again."""
