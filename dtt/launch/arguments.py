@@ -13,7 +13,6 @@ EXAMPLES = (
     "dtt train",
     "dtt train --data-path book.txt --max-steps 500",
     "dtt train -c run.yaml --model.layers 6 --lr 1e-3 -n deeper",
-    "dtt train -c run.yaml --world-size 8",
     "torchrun --nproc_per_node 8 -m dtt train -c run.yaml",
 )
 

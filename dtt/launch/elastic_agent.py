@@ -263,7 +263,8 @@ class Agent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
         """End what workers are left: they had their time."""
-        super()._shutdown(signal.SIGKILL, timeout)
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGKILL, timeout)
 
     def _where(self) -> str:
         several = not isinstance(self._worker_group.spec.rdzv_handler, OneMachine)
