@@ -71,10 +71,12 @@ class Alarm:
             with contextlib.suppress(TimeoutError):
                 bounded(self._look, PATIENCE)
         if not self._heard:
-            return LostRankError("another rank was lost", "see its messages")
+            return LostRankError(
+                "another rank was lost", "see its messages; the same command goes on"
+            )
         with contextlib.suppress(TimeoutError, dist.DistError):
             bounded(self._linger, PATIENCE)
-        return LostRankError(self._heard, "this rank could not go on without it")
+        return LostRankError(self._heard, "the same command goes on")
 
     def _listen(self) -> None:
         while not self._heard:

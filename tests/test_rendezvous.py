@@ -317,7 +317,10 @@ def test_a_rank_that_is_killed_is_a_loss(tmp_path: Path, port: str) -> None:
     ranks = [Rank(tmp_path, "1", by_hand(1, 2, port), fail="kill")]
     ended = every([*ranks, Rank(tmp_path, "0", by_hand(0, 2, port))])
     assert [rank.code for rank in ended] == [-signal.SIGKILL, 7]
-    assert ended[1].err == "dtt: error: another rank was lost; see its messages\n"
+    assert (
+        ended[1].err
+        == "dtt: error: another rank was lost; see its messages; the same command goes on\n"
+    )
 
 
 # --- torchrun ------------------------------------------------------------------------------------
