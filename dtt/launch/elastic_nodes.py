@@ -54,6 +54,9 @@ LAST_WORD = 0.5
 class OneMachine(RendezvousHandler):
     """A meeting of one: no socket, no thread and no waiting."""
 
+    def __init__(self) -> None:
+        self._run_id = f"{time.time_ns():x}"  # all of its workers have to be told the same
+
     def get_backend(self) -> str:
         return "one machine"
 
@@ -70,7 +73,7 @@ class OneMachine(RendezvousHandler):
         return 0
 
     def get_run_id(self) -> str:
-        return f"{time.time_ns():x}"
+        return self._run_id
 
     def shutdown(self) -> bool:
         return True
