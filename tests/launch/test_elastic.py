@@ -26,7 +26,11 @@ from dtt.launch.elastic_verdict import newest_step
 pytestmark = pytest.mark.processes
 Uninterrupted = Callable[[int], Path]
 RUN = Path("runs/small")
-TWO = {"parallel.world_size": "2", "logging.every": "1"}
+TWO = {
+    "parallel.world_size": "2",
+    "logging.every": "1",
+    "checkpoint.background": "false",  # so that what is saved when one dies is certain
+}
 
 
 def restarted(err: str) -> list[str]:
@@ -93,6 +97,21 @@ def test_no_progress(folder: Path, uninterrupted: Uninterrupted) -> None:
     assert newest_step(RUN / "checkpoints") == 10
     assert command(folder, ["train", *flags(TWO)]).code == 0
     assert_same_run(RUN, uninterrupted(2))
+
+
+def test_killed_in_every_second_save_of_many_files(folder: Path) -> None:
+    """Rank 0, which waits for the file of the dead one, is ended; each start gets one save on."""
+    changes = TWO | {"parallel.tensor": "2", "training.max_steps": "16", "evaluation.every": "0"}
+    assert command(folder, ["train", *flags(changes | {"name": "whole"})]).code == 0
+    environ = {
+        "DTT_ENABLE_FAILPOINTS": "1",
+        "DTT_FAILPOINTS": "storage.open@file=optimizer-00002-of-00002.safetensors,hit=2:kill9",
+    }
+    done = command(folder, ["train", *flags(changes)], environ=environ, grace=0.5)
+    assert done.code == 0, done.err
+    what = "rank 1 died by SIGKILL; restart 1 of 3 without a new checkpoint, from step"
+    assert restarted(done.err) == [f"{what} {step}" for step in (4, 8, 12)]
+    assert_same_run(RUN, Path("runs/whole"))
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 6, 70])
