@@ -92,6 +92,9 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group; call before the process ends well."""
         if self.ranks > 1 and dist.is_initialized():
+            # Where one rank leaves with a code, as after a preemption, mpirun and torchrun kill the
+            # others: not before the main rank has saved.
+            dist.barrier()
             dist.destroy_process_group()
 
 
