@@ -103,7 +103,8 @@ stop() {{
 
 left=${{#hosts[@]}}
 result=0
-deadline=
+stopping= # when the others are told to stop
+deadline= # when they are killed
 ended() {{ # CODE HOST: an agent has ended; the first cause decides how the script ends
   left=$((left - 1))
   local code=$1
@@ -128,10 +129,10 @@ ended() {{ # CODE HOST: an agent has ended; the first cause decides how the scri
       case "$result" in 0 | 7 | 75 | 129 | 13? | 14?) result=$code ;; esac
       ;;
   esac
-  if [ "$asked" = 0 ] && [ -z "$deadline" ]; then
-    tell TERM
-    deadline=$((SECONDS + {grace}))
-  fi
+  # An agent that ends with 7 has lost another one, whose own end says why.
+  local pause=0
+  if [ "$1" = 7 ]; then pause={patience}; fi
+  if [ -z "$stopping" ]; then stopping=$((SECONDS + pause)); fi
 }}
 
 for k in "${{!hosts[@]}}"; do
@@ -146,11 +147,18 @@ while [ "$left" -gt 0 ]; do
   sleep 0.2 &
   wait "$!" # which a signal interrupts
   while read -r code host <&9; do ended "$code" "$host"; done
-  if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then tell KILL; fi
+  if [ -n "$stopping" ] && [ "$asked" = 0 ] && [ "$SECONDS" -ge "$stopping" ]; then
+    stop
+    deadline=$((SECONDS + {grace}))
+  elif [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
+    tell KILL
+  fi
 done
 wait
 exit "$result"
 """
+PATIENCE = 10
+"""Seconds in which the cause of a loss is waited for."""
 GRACE = 120
 """Seconds that the other hosts have to end when one has failed."""
 CONNECTION = {"BatchMode": "yes", "ConnectTimeout": 15, "ServerAliveInterval": 15}
@@ -186,6 +194,7 @@ def write(job: Job, options: argparse.Namespace) -> str:
         ssh=shlex.join(ssh),
         label=job.label,
         grace=GRACE,
+        patience=PATIENCE,
         remote=_remote(job, options, hosts),
     )
 

@@ -79,7 +79,8 @@ stop() {
 
 left=${#hosts[@]}
 result=0
-deadline=
+stopping= # when the others are told to stop
+deadline= # when they are killed
 ended() { # CODE HOST: an agent has ended; the first cause decides how the script ends
   left=$((left - 1))
   local code=$1
@@ -104,10 +105,10 @@ ended() { # CODE HOST: an agent has ended; the first cause decides how the scrip
       case "$result" in 0 | 7 | 75 | 129 | 13? | 14?) result=$code ;; esac
       ;;
   esac
-  if [ "$asked" = 0 ] && [ -z "$deadline" ]; then
-    tell TERM
-    deadline=$((SECONDS + 120))
-  fi
+  # An agent that ends with 7 has lost another one, whose own end says why.
+  local pause=0
+  if [ "$1" = 7 ]; then pause=10; fi
+  if [ -z "$stopping" ]; then stopping=$((SECONDS + pause)); fi
 }
 
 for k in "${!hosts[@]}"; do
@@ -122,7 +123,12 @@ while [ "$left" -gt 0 ]; do
   sleep 0.2 &
   wait "$!" # which a signal interrupts
   while read -r code host <&9; do ended "$code" "$host"; done
-  if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then tell KILL; fi
+  if [ -n "$stopping" ] && [ "$asked" = 0 ] && [ "$SECONDS" -ge "$stopping" ]; then
+    stop
+    deadline=$((SECONDS + 120))
+  elif [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
+    tell KILL
+  fi
 done
 wait
 exit "$result"
