@@ -19,6 +19,7 @@ COMMANDS = {
     "data": ("Look at data: inspect, show, stats, audit.", "dtt.commands.data"),
     "tokenizer": ("Compare tokenizers on a text.", "dtt.commands.tokenizer"),
     "train": ("Train a model, or continue its run.", "dtt.commands.train"),
+    "launch": ("Start training on a cluster, and look after it.", "dtt.commands.launch"),
     "evaluate": ("Measure a run's loss on a whole split.", "dtt.commands.evaluate"),
     "generate": ("Let a run's model write.", "dtt.commands.generate"),
     "verify": ("Prove that layouts of ranks train alike.", "dtt.commands.verify"),

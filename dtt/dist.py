@@ -98,10 +98,14 @@ class Runtime:
     def sharing_failures(self) -> Iterator[None]:
         """Tell the other ranks of an error that leaves the block, and name the rank that is lost.
 
+        All leave it together: where one rank ends with a code, as after a preemption, mpirun and
+        torchrun kill the others, which must not be before the main rank has saved.
         LostRankError replaces what a collective raises that another rank did not come to.
         """
         try:
             yield
+            if self.ranks > 1:
+                dist.barrier()
         except Exception as error:
             if self.alarm is None:
                 raise

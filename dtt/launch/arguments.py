@@ -20,8 +20,13 @@ EXAMPLES = (
 def train_parser() -> ConfigParser:
     """Return the parser of `dtt train`: the configuration, --resume and --fresh."""
     parser = ConfigParser("dtt train", DESCRIPTION, EXAMPLES)
+    add_train_options(parser)
+    return parser
+
+
+def add_train_options(parser: ConfigParser) -> None:
+    """Add what is no part of the configuration: --resume and --fresh."""
     parser.add_argument(
         "--resume", type=Path, metavar="PATH", help="start from another run's folder or checkpoint"
     )
     parser.add_argument("--fresh", action="store_true", help="the old run of that name may go")
-    return parser
