@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from dtt.commands.launch import plan
 from dtt.launch.engines import ENGINES
 
@@ -62,9 +64,15 @@ def cases() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def text(engine: str, argv: list[str]) -> str:
-    """Return what `--print` shows, with a fixed interpreter and working directory."""
+    """Return what `--print` shows, with a fixed interpreter and working directory.
+
+    Of the configuration two sections are enough here: a new setting changes no file.
+    """
     module, options, job = plan(engine, argv)
-    written: str = module.write(replace(job, python=PYTHON, directory=DIRECTORY), options)
+    settings = yaml.safe_load(job.config)
+    config = yaml.safe_dump({name: settings[name] for name in ("name", "sample")})
+    fixed = replace(job, python=PYTHON, directory=DIRECTORY, config=config)
+    written: str = module.write(fixed, options)
     return written
 
 

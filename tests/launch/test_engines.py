@@ -189,4 +189,4 @@ def test_a_machine_of_skypilot_starts_its_agent(play: Play, tmp_path: Path) -> N
     assert given["--local-addr"] == "10.0.0.3" and given["--rdzv-conf"] == "is_host=false"
     assert given["--rdzv-id"] == "sky 7"
     config = yaml.safe_load((tmp_path / ".dtt-launch.yaml").read_text(encoding="utf-8"))
-    assert config["training"]["batch_size"] == 512
+    assert config["name"] == "gpt2-124m"
