@@ -105,14 +105,15 @@ def killed(folder: Path, way: str) -> tuple[float, float]:
     return started, restarted
 
 
-def asked(folder: Path) -> float:
-    """Return the seconds from SIGTERM to the exit with 75 of a job with a model of 30M."""
+def asked(folder: Path) -> tuple[float, float]:
+    """Return the seconds of a step with a model of 30M, and from SIGTERM to its exit with 75."""
     job = Job(folder, OURS, MODEL_30M)
-    job.await_step(3)
+    before = job.await_step(3)
+    step = job.await_step(4) - before
     code, seconds = job.stop(signal.SIGTERM)
     if code != 75:
         raise SystemExit(f"SIGTERM ended the job with {code}")
-    return seconds
+    return step, seconds
 
 
 def p95(values: list[float]) -> float:
@@ -124,7 +125,7 @@ def main() -> None:
     rounds = options.rounds or (2 if options.quick else 20)
     print_heading("Losing a rank, and stopping", options.threads, options.quick)
     started: dict[str, list[float]] = {name: [] for name in WAYS}
-    stopped: list[float] = []
+    stopped: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(prefix="dtt-restart-") as folder:
 
         def measure(name: str) -> float:
@@ -135,14 +136,15 @@ def main() -> None:
         restarted = take_turns(list(WAYS), measure, rounds)
         for number in range(max(2, rounds // 2)):
             stopped.append(asked(Path(folder)))
-            note(f"asked to stop {number + 1}: {stopped[-1]:.3g} s")
+            note(f"asked to stop {number + 1}: {stopped[-1][1]:.3g} s")
     rows = []
     for what, found in (("start", started), ("kill -9 of a rank", restarted)):
         for name, values in found.items():
             against = ratio(median(values), median(found[THEIRS])) if name == OURS else "-"
             rows.append([what, name, len(values), median(values), p95(values), against])
-    what = "SIGTERM, 30M parameters, to saved and left"
-    rows.append([what, OURS, len(stopped), median(stopped), p95(stopped), "-"])
+    steps, ends = (list(column) for column in zip(*stopped, strict=True))
+    for what, values in (("a step with 30M", steps), ("SIGTERM with 30M, saved and left", ends)):
+        rows.append([what, OURS, len(values), median(values), p95(values), "-"])
     print_table(["from", "job", "n", "median, s", "p95, s", "of torchrun"], rows)
 
 
