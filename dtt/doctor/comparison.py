@@ -5,7 +5,6 @@ Pure functions of what the machines have found.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import median
@@ -150,15 +149,12 @@ def judge_all_reduce(backend: str, rate: float, count: int, link_gb_s: float) ->
     return ok(shown, figures)
 
 
-def judge_loss(text: str, hosts: Sequence[str]) -> Finding:
-    """Name the nodes that were lost while all were examined, by what torch says of ranks."""
-    found = re.search(r"[Rr]anks? (\d+(?:, ?\d+)*) ", text)
-    lost = [int(rank) for rank in found[1].split(",")] if found else []
-    who = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in lost if rank < len(hosts))
+def judge_loss(lost: Sequence[int], hosts: Sequence[str]) -> Finding:
+    """Name the ranks that were lost while all were examined, with their hosts."""
     finding = failed(
-        f"{who or 'a rank'} was lost during the examination",
-        "see its messages and its machine's (memory, disk, power); run again without it",
-        {"ranks": lost, "hosts": [hosts[rank] for rank in lost if rank < len(hosts)]},
+        f"lost during the examination: {', '.join(f'rank {r} on {hosts[r]}' for r in lost)}",
+        "see its messages and its machine's (memory, disk, power), or go on without it",
+        {"ranks": list(lost), "hosts": list(dict.fromkeys(hosts[rank] for rank in lost))},
     )
     return shared(finding, "meeting", PEERS)
 

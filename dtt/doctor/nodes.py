@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,18 @@ from dtt.doctor.disk import existing
 from dtt.doctor.examination import examine
 from dtt.doctor.finding import PEERS, STORAGE, Finding, Subject, failed
 from dtt.doctor.report import Node
-from dtt.errors import DttError, PeerError
+from dtt.doctor.roll import Roll
+from dtt.errors import DttError, OtherRankError
 
 SEEN_WITHIN = 5.0
 """Seconds after which a file must be visible on all machines (NFS keeps folders for 3 to 60)."""
-PATIENCE = timedelta(minutes=5)
-"""What the slowest node may take longer than the main one; each measurement has its own limit."""
 
 
-def examine_nodes(subject: Subject) -> tuple[list[Node], list[Finding]] | None:
-    """Examine all machines of a launch; the nodes and what concerns all of them, on the main rank.
+def examine_nodes(subject: Subject) -> tuple[list[Node], list[Finding]]:
+    """Examine all machines of a launch; return the nodes, and what concerns all of them.
 
-    Where they do not meet, that is a finding, and the main rank examines its own machine, since
-    what keeps them apart may be there. None on the other ranks.
+    Where they do not meet, or one is lost, that is a finding of the main rank, beside those of its
+    own machine: what keeps them apart may be there. On the other ranks it is a PeerError.
     """
     place = subject.place
     try:
@@ -58,26 +56,23 @@ def examine_nodes(subject: Subject) -> tuple[list[Node], list[Finding]] | None:
         here = Node(name, place.local_ranks, examine(subject))
         apart = failed(error.what, error.fix or "start all of them, with one MASTER_ADDR")
         return [here], [shared(replace(apart, code=error.exit_code), "meeting")]
-    hosts: list[Any] = [os.uname().nodename]
-    try:
-        hosts = runtime_hosts(runtime)
-        mine = examine(subject) if place.local_rank == 0 else []
-        dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)
-        together = [*_together(subject, runtime, hosts)]
-        gathered: list[Any] = [None] * place.ranks
-        dist.all_gather_object(gathered, mine)
-    except RuntimeError as error:  # what torch raises when a rank is gone
-        if not runtime.is_main:
-            raise PeerError("another rank was lost", "see what the main rank says") from error
-        return [Node(hosts[0], place.local_ranks, mine)], [judge_loss(str(error), hosts)]
+    hosts = hosts_of(runtime)
+    with Roll(runtime) as roll:
+        roll.hand_in(examine(subject) if place.local_rank == 0 else [])
+        found, lost = roll.collect() if runtime.is_main else ([], roll.learn())
+        if lost and not runtime.is_main:
+            raise OtherRankError(PEERS)
+    if lost:
+        return named_nodes(hosts, found), [judge_loss(lost, hosts)]
+    together = [*_together(subject, runtime, hosts)]
+    shared_found: list[Any] = [found]
+    dist.broadcast_object_list(shared_found)
+    nodes = named_nodes(hosts, shared_found[0])
     runtime.close()
-    if not runtime.is_main:
-        return None
-    nodes = named_nodes(hosts, gathered)
     return nodes, [*compare(nodes), *together]
 
 
-def runtime_hosts(runtime: ranks.Runtime) -> list[str]:
+def hosts_of(runtime: ranks.Runtime) -> list[str]:
     """Return the host of each rank."""
     hosts: list[Any] = [None] * runtime.ranks
     dist.all_gather_object(hosts, os.uname().nodename)
