@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     words = [word for word in argv if word != "--debug"]
     command = words[0] if words and words[0] in COMMANDS else ""
     prog = f"dtt {command}".rstrip()
+    if (
+        not debug
+    ):  # torch's C++ writes stack traces where dtt writes one line; set before its import
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = _run(command, words, debug)
         sys.stdout.flush()

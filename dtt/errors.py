@@ -32,6 +32,10 @@ class ConfigError(DttError):
     exit_code = 2
 
 
+class RankError(ConfigError):
+    """A rank does not fit to the others of its launch; it says so itself, as they may not know."""
+
+
 class DataError(DttError):
     """A text, a shard or a tokenizer cannot be used as input."""
 
@@ -60,6 +64,10 @@ class PeerError(DttError):
     """Another rank died, hangs or never came; trying again may help."""
 
     exit_code = 7
+
+
+class LostRankError(PeerError):
+    """This rank is well, but has lost another one; that one's own message says more."""
 
 
 class BusyError(DttError):

@@ -44,6 +44,9 @@ class Parallel(Section):
     """With pipeline: the order of forwards and backwards; interleaved and zero-bubble give each
     rank two stages."""
 
+    rendezvous_timeout: float = Field(300.0, gt=0)
+    """Seconds for all ranks to come together at the start; then those that came name the others."""
+
     @model_validator(mode="after")
     def _axes_fit(self) -> Parallel:
         given = {name: getattr(self, name) for name in AXES}

@@ -20,9 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch
-from torch.distributed import DistError
-
 from dtt.config.load import named
 from dtt.config.schema import Config
 from dtt.data.corpora import prepare_corpora
@@ -34,7 +31,9 @@ from dtt.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     DataError,
+    LostRankError,
     PeerError,
+    RankError,
 )
 from dtt.parallel.layout import resolve
 from dtt.reporting import report_error
@@ -44,7 +43,6 @@ from dtt.training.loop import closing_lines, fit
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import exit_on_preemption
 from dtt.training.run import open_run
-from dtt.version import __version__
 
 GRACE = 10.0
 """Seconds that the other workers have to end by themselves when one has failed."""
@@ -75,16 +73,16 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
         )
     layout = resolve(config.parallel, config.model, place.ranks)
     divide(config.training, layout.data, layout.pipeline)
-    runtime = start(place, config.training.device, config.training.threads)
-    runtime.agree(
-        {
-            "version of dtt": __version__,
-            "version of PyTorch": torch.__version__,
-            "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
-        }
+    runtime = start(
+        place,
+        config.training.device,
+        config.training.threads,
+        {"configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]},
+        config.parallel.rendezvous_timeout,
     )
     begun = time.perf_counter()
-    with open_run(config, runtime, str(resume) if resume else None, fresh) as run:
+    taken = str(resume) if resume else None
+    with runtime.sharing_failures(), open_run(config, runtime, taken, fresh) as run:
         if run.state.step >= run.steps:
             run.reporter.info(f"{run.folder} is already complete: {run.state.step} steps")
         else:
@@ -130,11 +128,10 @@ def _rank(
     except Exception as error:
         if config.logging.level == "debug":
             traceback.print_exc()
-        if isinstance(error, DistError) or "gloo/transport" in str(error):
-            lost = PeerError("another rank was lost", "see its messages; the same command goes on")
-            return report_error("dtt train", lost, quiet=spoken is not None)
+        if isinstance(error, LostRankError):
+            return report_error("dtt train", error, quiet=spoken is not None)
         if spoken is None:
-            shared = isinstance(error, ConfigError | DataError)
+            shared = isinstance(error, ConfigError | DataError) and not isinstance(error, RankError)
             return report_error("dtt train", error, quiet=shared and not speaks)
         with spoken.get_lock():
             code = report_error("dtt train", error, quiet=bool(spoken.value))
