@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -88,18 +87,6 @@ class Bench:
             raise UnmeasuredError(result)
         value: T = result
         return value
-
-
-def soon(function: Callable[..., T], *arguments: Any, seconds: float) -> T:
-    """Return function(*arguments) if it comes within so many seconds: for what waits for a network
-    and cannot be told how long (names). Raises `UnmeasuredError`; the call is then left behind."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(function(*arguments)), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not found:
-        raise UnmeasuredError(f"no answer within {seconds:.0f} s")
-    return found[0]
 
 
 def _measure(

@@ -73,6 +73,8 @@ class Subject:
     config: Config
     """The run's settings; where these do not load, the defaults."""
     place: Place
+    environ: Mapping[str, str]
+    """As this process was started: meeting other ranks sets variables."""
     bench: Bench
     error: DttError | None = None
     """Why the settings do not load."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dtt.doctor.bench import soon
 from dtt.doctor.finding import Finding, Subject, ok, skipped, warning
+from dtt.network import bounded
 
 HUB = "https://huggingface.co"
 PATIENCE = 3.0
@@ -21,16 +20,23 @@ MEND = (
 
 
 def check_hub(subject: Subject) -> Iterator[Finding]:
-    offline = is_offline(os.environ)
-    address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
-    reason = "" if offline else soon(ask, address, seconds=2 * PATIENCE + 4)
+    offline = is_offline(subject.environ)
+    address = subject.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+    reason = "" if offline else _ask(address)
     subject.hub_answers = not offline and not reason
-    yield judge_hub(address, offline, reason, cached(os.environ))
+    yield judge_hub(address, offline, reason, cached(subject.environ))
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:
     """Whether HF_HUB_OFFLINE forbids the network."""
     return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _ask(address: str) -> str:
+    try:
+        return bounded(lambda: ask(address), 2 * PATIENCE + 4)
+    except OSError as error:  # it took too long, which a name server can
+        return error.strerror or str(error)
 
 
 def ask(address: str) -> str:

@@ -36,6 +36,8 @@ from dtt.doctor.report import Node
 from dtt.doctor.roll import Roll
 from dtt.errors import DttError, OtherRankError
 
+MEETING = 60.0
+"""Seconds that ranks have to meet: a launcher starts them all at once."""
 SEEN_WITHIN = 5.0
 """Seconds after which a file must be visible on all machines (NFS keeps folders for 3 to 60)."""
 
@@ -48,7 +50,7 @@ def examine_nodes(subject: Subject) -> tuple[list[Node], list[Finding]]:
     """
     place = subject.place
     try:
-        runtime = ranks.start(place, "cpu", None)
+        runtime = ranks.start(place, "cpu", None, seconds=MEETING)
     except DttError as error:
         if place.rank:
             raise
@@ -100,7 +102,8 @@ def _together(subject: Subject, runtime: ranks.Runtime, hosts: Sequence[str]) ->
     dist.all_gather_object(clocks, time.time())
     yield shared(judge_clocks(list(zip(hosts, clocks, strict=True))), "clocks", PEERS)
     yield shared(judge_folder(_see_each_other(subject, runtime)), "run folder", STORAGE)
-    _, speed = network.route_speed(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    # By now this names what gloo uses: what the user chose, or where the ranks met.
+    speed = network.speed_of(os.environ.get("GLOO_SOCKET_IFNAME", ""))
     speeds: list[Any] = [None] * runtime.ranks
     dist.all_gather_object(speeds, speed)
     several = len(set(hosts)) > 1

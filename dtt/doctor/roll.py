@@ -5,17 +5,14 @@ the main one knows whose have stopped. A collective would only say that somebody
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import timedelta
 from types import TracebackType
 
-import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from dtt.dist import Runtime
 from dtt.doctor.finding import Finding
@@ -26,20 +23,16 @@ BEAT = 1.0
 SILENCE = 15.0
 """Seconds without one after which a rank is lost. What it measures runs in other processes, so that
 even a busy rank gives its signs."""
-CONNECT = timedelta(seconds=60)
 
 
 class Roll:
     """What the ranks of a launch tell the main one, between `with` and its end."""
 
     def __init__(self, runtime: Runtime) -> None:
+        assert runtime.alarm is not None, "there are other ranks"
         self.runtime = runtime
+        self.store = PrefixStore("doctor", runtime.alarm.store)
         self._done = threading.Event()
-        main, address = runtime.is_main, os.environ["MASTER_ADDR"]
-        store = TCPStore(address, 0, None, True, CONNECT, False) if main else None
-        port = [store.port if store is not None else 0]
-        dist.broadcast_object_list(port)
-        self.store = store or TCPStore(address, port[0], None, False, CONNECT, False)
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Roll:

@@ -24,7 +24,7 @@ def visit(
     Several ranks end here, all with the same code; the main one prints.
     """
     begun, place = time.perf_counter(), find_place(os.environ)
-    subject = Subject(config, place, Bench(debug), error, quick)
+    subject = Subject(config, place, dict(os.environ), Bench(debug), error, quick)
     if place.ranks == 1:
         printer = None if as_document else Printer()
         node = Node(os.uname().nodename, 1, examine(subject, printer))
