@@ -220,6 +220,10 @@ def test_a_check_that_breaks_is_its_own_failure(monkeypatch: pytest.MonkeyPatch)
 
 def test_findings_are_json() -> None:
     on = subject(quick=True)
-    found = [f for name in ("python", "packages", "cores", "memory", "open files") for f in check(name, on)]
+    found = [
+        f
+        for name in ("python", "packages", "cores", "memory", "open files")
+        for f in check(name, on)
+    ]
     assert all(finding.status in ("ok", "warning") for finding in found)
     assert json.loads(json.dumps([dict(finding.figures) for finding in found]))

@@ -34,7 +34,10 @@ BUILD = {
     "driver": "580.82",
     "gpus_of_machine": 8,
 }
-SMI = "NVIDIA H100 80GB HBM3, 580.82.07, 81559, 0, GPU-aa\nTesla T4, 580.82.07, 15360, [N/A], GPU-bb\n"
+SMI = """\
+NVIDIA H100 80GB HBM3, 580.82.07, 81559, 0, GPU-aa
+Tesla T4, 580.82.07, 15360, [N/A], GPU-bb
+"""
 TOPOLOGY = """\
         GPU0    GPU1    NIC0    CPU Affinity    NUMA Affinity
 GPU0     X      {link}     PIX     0-63            0
@@ -170,7 +173,11 @@ CASES = {
     "disk": (lambda: speed(51), "ok", ""),
     # 1e9 parameters x 16 bytes x 3 checkpoints = 48 GB
     "full disk": (lambda: disk.judge_space(Path("/d"), 47e9, 10**9, 2), "failed", "keep"),
-    "disk that gets full": (lambda: disk.judge_space(Path("/d"), 71e9, 10**9, 2), "warning", "keep"),
+    "disk that gets full": (
+        lambda: disk.judge_space(Path("/d"), 71e9, 10**9, 2),
+        "warning",
+        "keep",
+    ),
     "room": (lambda: disk.judge_space(Path("/d"), 73e9, 10**9, 2), "ok", ""),
     "model too large": (
         lambda: settings.judge_model(10**9, 20e9, 16e9, "GPU memory"),
