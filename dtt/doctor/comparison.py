@@ -16,6 +16,8 @@ from dtt.doctor.report import Node
 
 APART = 0.85
 """Share of the nodes' median below which one is slow."""
+DISK_APART = 0.5
+"""The same for disks, whose rates vary: all nodes write at once, often to one disk."""
 CLOCKS = 1.0
 """Seconds that clocks may differ by: logs and file times are compared across machines."""
 RATES = {
@@ -65,7 +67,7 @@ def judge_rates(nodes: Sequence[Node]) -> Iterator[Finding]:
             said = {n.name: v for n in nodes if (v := _figure(n, check, key)) is not None}
             usual = median(said.values()) if said else 0.0
             for name, value in said.items():
-                if value < APART * usual:
+                if value < (DISK_APART if check == "disk speed" else APART) * usual:
                     text = f"{value:,.0f} {unit}, the median is {usual:,.0f}"
                     slow.setdefault(name, []).append(text)
                     figures.setdefault(name, {})[f"{check} {key}"] = [value, usual]

@@ -37,7 +37,7 @@ from dtt.doctor.roll import Roll
 from dtt.errors import DttError, OtherRankError
 
 MEETING = 60.0
-"""Seconds that ranks have to meet: a launcher starts them all at once."""
+"""Seconds that ranks have to meet, unless the configuration says how many."""
 SEEN_WITHIN = 5.0
 """Seconds after which a file must be visible on all machines (NFS keeps folders for 3 to 60)."""
 
@@ -50,7 +50,9 @@ def examine_nodes(subject: Subject) -> tuple[list[Node], list[Finding]]:
     """
     place = subject.place
     try:
-        runtime = ranks.start(place, "cpu", None, seconds=MEETING)
+        given = "rendezvous_timeout" in subject.config.parallel.model_fields_set
+        seconds = subject.config.parallel.rendezvous_timeout if given else MEETING
+        runtime = ranks.start(place, "cpu", None, seconds=seconds)
     except DttError as error:
         if place.rank:
             raise

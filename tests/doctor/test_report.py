@@ -131,6 +131,12 @@ def test_a_node_far_below_the_median_is_named(rate: float) -> None:
         assert [finding.status for finding in found] == ["ok"]
 
 
+def test_a_disk_may_vary_more() -> None:
+    for rate, status in ((260.0, "ok"), (240.0, "warning")):
+        nodes = [node("n1"), node("n2"), node("n3", disk_speed={"write_mb_s": rate})]
+        assert [finding.status for finding in comparison.judge_rates(nodes)] == [status]
+
+
 def test_the_slowest_gpu_of_a_node_counts() -> None:
     nodes = [node(f"n{n}") for n in range(3)]
     for number, machine in enumerate(nodes):
