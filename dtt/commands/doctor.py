@@ -17,8 +17,6 @@ EXAMPLES = (
     "dtt doctor -c run.yaml --world-size 8",
     "dtt doctor --quick --json",
     "srun --nodes 4 --ntasks-per-node 8 dtt doctor -c run.yaml",
-    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29400 --rdzv-backend c10d "
-    "-m dtt doctor",
 )
 
 

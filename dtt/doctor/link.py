@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from dtt.doctor.finding import Finding, Subject, ok, warning
 from dtt.doctor.gpu import published
@@ -81,7 +82,8 @@ def measure(backend: str, ranks: int) -> float:
     """
     from dtt.training.launch import free_port
 
-    port, context = free_port(), multiprocessing.get_context("fork")
+    method = "fork" if sys.platform == "linux" else "spawn"
+    port, context = free_port(), cast(Any, multiprocessing.get_context(method))
     receiving, sending = context.Pipe(duplex=False)
     given = [(backend, rank, ranks, port, sending) for rank in range(ranks)]
     processes = [context.Process(target=_rank, args=each) for each in given]

@@ -85,7 +85,7 @@ def check_port(subject: Subject) -> Iterator[Finding]:
         network.listen(point.port).close()
     except OSError as error:
         why = os.strerror(error.errno or errno.EIO).lower()
-        asked = "MASTER_PORT" in subject.environ
+        asked = bool(subject.environ.get("MASTER_PORT"))
         yield judge_port(point.port, why, network.holder(point.port), asked)
         return
     yield judge_port(point.port, "", "", False)

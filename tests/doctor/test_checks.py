@@ -47,6 +47,12 @@ def test_a_taken_port_is_named_with_who_has_it() -> None:
     assert one("port", subject(environ={"MASTER_PORT": "http"})).status == "failed"
 
 
+def test_the_usual_port_that_is_taken_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken:
+        monkeypatch.setattr("dtt.place.PORT", taken.getsockname()[1])
+        assert one("port", subject(environ={"MASTER_PORT": ""})).status == "warning"
+
+
 def test_the_port_of_a_launch_is_not_asked_for() -> None:
     place = Place(0, 2, 0, 2, "torchrun")
     assert one("port", subject(environ={"MASTER_PORT": "1"}, place=place)).status == "skipped"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 
 
 def doctor(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": ""}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(port)}
     return subprocess.run(
         [sys.executable, "-m", "dtt", "doctor", *words],
         cwd=folder,
