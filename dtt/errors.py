@@ -82,3 +82,9 @@ class OtherRankError(DttError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another rank failed")
         self.exit_code = exit_code
+
+
+class NoProgressError(DttError):
+    """A run was restarted several times and made no new checkpoint; trying again will not help."""
+
+    exit_code = 76

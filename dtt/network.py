@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -25,7 +25,10 @@ LISTEN = "0A"
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Return the addresses of each of this host's interfaces, IPv4 first; {} where unknown."""
+    """Return the addresses of each of this host's interfaces, IPv4 first; {} where unknown.
+
+    Without those that hold on one link only (IPv6's fe80::).
+    """
     if sys.platform != "linux":
         return {}
     found: dict[str, list[str]] = {name: [] for _, name in socket.if_nameindex()}
@@ -41,7 +44,8 @@ def interfaces() -> dict[str, list[str]]:
         for line in Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines():
             digits, _, _, _, _, name = line.split()
             address = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
-            found.setdefault(name, []).append(address)
+            if not address.startswith("fe80:"):
+                found.setdefault(name, []).append(address)
     return found
 
 
@@ -89,8 +93,12 @@ def plain(address: str) -> str:
 
 
 def resolve(host: str, port: int, seconds: float) -> list[str]:
-    """Return the numeric addresses of a name; OSError (gaierror) if it has none in that time."""
-    found = bounded(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), seconds)
+    """Return the numeric addresses of a name; gaierror if it has none, or not in that time."""
+    try:
+        found = bounded(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), seconds)
+    except TimeoutError:
+        silent = "the name service does not answer"
+        raise socket.gaierror(socket.EAI_AGAIN, silent) from None
     return list(dict.fromkeys(plain(str(entry[4][0])) for entry in found))
 
 
@@ -176,28 +184,43 @@ def named_interfaces(variable: str, value: str) -> list[str]:
     return [name for name in known if is_meant(name) != out and name not in LOOPBACK.values()]
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
-    """Return what `call` returns; TimeoutError if it takes longer, and a thread stays behind.
+class Task(Generic[T]):
+    """A call in a thread of its own, for what knows no time limit and holds signals up.
 
-    For calls that know no time limit and hold signals up.
+    Whoever has waited enough goes on without it; it ends with the process.
     """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
 
-    def work() -> None:
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._found: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for at most `seconds`; return whether it is done."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """Return what the call has returned, or raise what it has raised."""
+        if self._error is not None:
+            raise self._error
+        return self._found[0]
+
+    def _work(self) -> None:
         try:
-            outcome.append(call())
-        except BaseException as error:  # it belongs to the caller
-            failure.append(error)
+            self._found.append(self._call())
+        except BaseException as error:  # it belongs to the one who waits
+            self._error = error
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """Return what `call` returns; TimeoutError if it takes longer."""
+    task = Task(call)
+    if not task.wait(seconds):
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:.0f} s")
-    return outcome[0]
+    return task.result()
 
 
 def slurm_address(node: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 BRACKETS = re.compile(r"^(.*?)\[([^\[\]]*)\](.*)$")
+COUNT = re.compile(r"^(\d+)(?:\(x(\d+)\))?$")
 OUTER_COMMA = re.compile(r",(?![^\[]*\])")
 
 
@@ -42,6 +43,8 @@ def expand_counts(text: str) -> tuple[int, ...]:
     """Return the count of each node, in the order of the nodes; ValueError if `text` has none."""
     found: list[int] = []
     for part in text.split(","):
-        count, _, times = part.partition("(x")
-        found += [int(count)] * int(times.rstrip(")") or 1)
+        group = COUNT.match(part)
+        if group is None:
+            raise ValueError(f"{text!r} is not a list of counts")
+        found += [int(group[1])] * int(group[2] or 1)
     return tuple(found)

@@ -188,10 +188,10 @@ def _nodes_of_ranks(environ: Mapping[str, str]) -> tuple[str, ...]:
         found = tuple(n for turn in turns for n, c in zip(nodes, counts, strict=True) if turn < c)
     else:
         found = tuple(n for n, c in zip(nodes, counts, strict=True) for _ in range(c))
-    mine = environ.get("SLURM_GTIDS", "").split(",")  # the ranks of this node: they must agree
-    own = environ.get("SLURMD_NODENAME", "")
-    agrees = all(found[int(rank)] == own for rank in mine if rank.isdecimal()) if own else True
-    return found if agrees else ()
+    # Slurm says of this node which ranks it has: what is found for all nodes must agree.
+    own, ranks = environ.get("SLURMD_NODENAME", ""), environ.get("SLURM_GTIDS", "")
+    mine = ",".join(str(rank) for rank, node in enumerate(found) if node == own)
+    return found if mine == ranks or not (own and ranks) else ()
 
 
 def find_array(environ: Mapping[str, str]) -> Array | None:

@@ -12,12 +12,14 @@ by polling, since the store's own waits let no signal through.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import secrets
 import socket
 import struct
+import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
@@ -33,6 +35,8 @@ PATIENCE = 30.0
 """Seconds to wait for a taken port: the run before may be about to end."""
 CONNECTING = 5.0
 """Seconds for one attempt to connect; a host that is there answers in thousandths."""
+SILENCE = 10.0
+"""Seconds that a question to the store may take."""
 STORE = timedelta(minutes=5)
 """What the store waits for a key that has to come, as torch's default."""
 GREETING = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + b"\r\n\r\n"
@@ -62,7 +66,18 @@ def meet(place: Place, point: Point, card: Card, seconds: float) -> Met:
     """
     with network.listen(0) as door:
         card = replace(card, launch=point.launch, door=door.getsockname()[1])
-        return _Meeting(place, point, card, Clock(seconds)).hold()
+        meeting = _Meeting(place, point, card, Clock(seconds))
+        # In a thread of its own, as the store and the resolver of names neither let signals
+        # through nor keep time when the network fails in the midst of an answer.
+        task = network.Task(meeting.hold)
+        try:
+            while not task.wait(SILENCE / 10):
+                meeting.refuse_silence()
+        except (KeyboardInterrupt, SystemExit):
+            with contextlib.suppress(TimeoutError):
+                network.bounded(meeting.excuse, 1.0)
+            raise
+        return task.result()
 
 
 class _Meeting:
@@ -73,6 +88,7 @@ class _Meeting:
         self.room: Room | None = None
         self.presides = place.rank == 0
         self.serves = self.presides and not point.served
+        self.foreign = False  # whether there was another launch's room
 
     def hold(self) -> Met:
         try:
@@ -82,14 +98,23 @@ class _Meeting:
             if not met.is_one_host:
                 self._prove_links(met)
             return met
-        except (KeyboardInterrupt, SystemExit):
-            if self.room is not None and not self.serves:
-                stopped = PeerError(f"{self.card} was stopped while the ranks met", "start again")
-                self.room.leave_reason(stopped)
-            raise
         except dist.DistError as error:
             what = f"rank 0 at {self._where} ended while {self.card} waited there for the others"
             raise PeerError(what, "see the messages of rank 0") from error
+
+    def refuse_silence(self) -> None:
+        """Raise PeerError if the store has not answered for long."""
+        if self.room is not None and time.monotonic() - self.clock.paused > SILENCE:
+            raise PeerError(
+                f"rank 0 at {self._where} stopped answering while {self.card} waited there",
+                "look at its host and at the network between them",
+            )
+
+    def excuse(self) -> None:
+        """Tell the others that this rank goes away, if it can."""
+        if self.room is not None and not self.serves:
+            stopped = PeerError(f"{self.card} was stopped while the ranks met", "start again")
+            self.room.leave_reason(stopped)
 
     @property
     def _where(self) -> str:
@@ -178,6 +203,8 @@ class _Meeting:
         try:
             addresses = network.resolve(host, self.point.port, CONNECTING)
         except OSError:
+            if "SLURM" in self.point.source and network.slurm_address(host) != host:
+                return ""  # where the others ask Slurm as well
             return f" ({here}, where rank 0 is, cannot resolve {host})"
         if not any(map(network.is_own, addresses)):
             has = network.shown_interfaces()
@@ -192,6 +219,8 @@ class _Meeting:
     def _attend(self) -> Met:
         """Find the room of this launch and wait there for the others."""
         while True:
+            if not self.clock.left:
+                self._refuse_foreign()
             store = self._reach()
             try:
                 if met := self._follow(store):
@@ -199,12 +228,15 @@ class _Meeting:
             except dist.DistError:
                 if self.room is not None:
                     raise
-            if not self.clock.left:
-                raise PeerError(
-                    f"another launch holds {self._where}, where {self.card} looks for its own",
-                    "end that one, or set MASTER_PORT to a free port, the same for all ranks",
-                )
+            self.foreign = True
             self.clock.pause(lambda: f"waiting: another launch holds {self._where}", 0.5)
+
+    def _refuse_foreign(self) -> None:
+        if self.foreign:
+            raise PeerError(
+                f"another launch holds {self._where}, where {self.card} looks for its own",
+                "end that one, or set MASTER_PORT to a free port, the same for all ranks",
+            )
 
     def _reach(self) -> Store:
         """Connect to the store; PeerError, with the reason, if that takes too long."""
@@ -220,6 +252,7 @@ class _Meeting:
                 what = f"what listens at {self._where} is no store of ranks"
                 fix = "set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port of it"
             if not self.clock.left:
+                self._refuse_foreign()
                 raise PeerError(f"rank {self.place.rank} did not find rank 0: {what}", fix)
             waiting = f"rank {self.place.rank} waits for rank 0: {what} [{self.point.source}]"
             quiet = self.place.local_rank > 0
@@ -227,7 +260,7 @@ class _Meeting:
 
     def _connect(self) -> Store:
         host, port = self.point.address, self.point.port
-        seconds = max(0.1, min(CONNECTING, self.clock.left))
+        seconds = max(0.5, min(CONNECTING, self.clock.left))
         mine, _, answer = network.reach(host, port, seconds, GREETING)
         if answer and answer != GREETING[-len(answer) :]:
             raise dist.DistError("no store")
@@ -282,7 +315,8 @@ class _Meeting:
 
     def _wait(self, room: Room | None) -> None:
         """Pause; PeerError, on all ranks, when the time is over."""
-        if self.clock.left:
+        # Rank 0 knows most about what keeps others away: it has the first word.
+        if self.clock.left or (room is not None and not self.presides and self.clock.over < 1.0):
             says = self.presides or (room is None and self.place.local_rank == 0)
             waiting = lambda: f"waiting for {self._absent(room)} at {self._where}{self._doubt()}"  # noqa: E731
             self.clock.pause(waiting if says else None)

@@ -175,7 +175,9 @@ class Clock:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.begun = seconds, time.monotonic()
-        self._interval, self._next = 0.001, FIRST_WORD
+        self.paused = self.begun
+        """When it was last asked for a pause."""
+        self._next = FIRST_WORD
 
     @property
     def elapsed(self) -> float:
@@ -185,14 +187,19 @@ class Clock:
     def left(self) -> float:
         return max(0.0, self.seconds - self.elapsed)
 
+    @property
+    def over(self) -> float:
+        return max(0.0, self.elapsed - self.seconds)
+
     def pause(self, what: Callable[[], str] | None, longest: float = 0.05) -> None:
         """Sleep for a moment; after some time without success say `what` is waited for."""
         if what is not None and self.elapsed > self._next:
             self._next *= 3
             said = f"dtt: {what()} ({self.elapsed:.0f} s of {self.seconds:.0f} s)"
             print(said, file=sys.stderr, flush=True)
-        time.sleep(min(self._interval, self.left))
-        self._interval = min(1.5 * self._interval, longest)
+        self.paused = time.monotonic()
+        interval = min(max(0.001, self.elapsed / 10), longest)  # late by a tenth at most
+        time.sleep(min(interval, self.left or interval))
 
 
 def difference(cards: Sequence[Card]) -> RankError | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dtt import dist, room
+from dtt import alarm, dist, room
 from dtt.errors import EXIT_INTERNAL, DttError
 from dtt.place import find_place
 from dtt.reporting import report_error
@@ -104,7 +104,7 @@ def _main(
     for name in [name for name in os.environ if name.startswith(("MASTER_", "SLURM_", "GLOO_"))]:
         del os.environ[name]
     os.environ.update(environ)
-    room.FIRST_WORD = 0.5
+    room.FIRST_WORD, alarm.GRACE = 0.5, 0.5
     torch.set_num_threads(1)
     print("begun", flush=True)
     try:
@@ -123,6 +123,8 @@ def _meet(seconds: float, facts: dict[str, str], fail: str) -> int:
         with runtime.sharing_failures():
             if fail == "raise":
                 raise DttError("the disk is full", "free some space")
+            if fail == "hang":  # as in a collective of NCCL that another rank does not come to
+                time.sleep(PATIENCE)
             if fail == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             total = float(runtime.sum(torch.ones(1))[0])

@@ -304,11 +304,23 @@ def test_a_rank_is_told_why_another_one_failed(tmp_path: Path, port: str) -> Non
 
 
 @processes
+def test_a_rank_that_does_not_come_back_is_ended(tmp_path: Path, port: str) -> None:
+    """One that hangs, as in a collective of NCCL, when another one has failed."""
+    ranks = [Rank(tmp_path, "0", by_hand(0, 2, port), fail="raise")]
+    ended = every([*ranks, Rank(tmp_path, "1", by_hand(1, 2, port), fail="hang")])
+    assert [rank.code for rank in ended] == [70, 7]
+    assert f"dtt: error: rank 0 on {HERE} failed: the disk is full" in ended[1].err
+
+
+@processes
 def test_a_rank_that_is_killed_is_a_loss(tmp_path: Path, port: str) -> None:
     ranks = [Rank(tmp_path, "1", by_hand(1, 2, port), fail="kill")]
     ended = every([*ranks, Rank(tmp_path, "0", by_hand(0, 2, port))])
     assert [rank.code for rank in ended] == [-signal.SIGKILL, 7]
-    assert ended[1].err == "dtt: error: another rank was lost; see its messages\n"
+    assert (
+        ended[1].err
+        == "dtt: error: another rank was lost; see its messages; the same command goes on\n"
+    )
 
 
 # --- torchrun ------------------------------------------------------------------------------------
