@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from dtt.doctor.finding import Finding, Subject, ok, warning
 from dtt.doctor.gpu import published
+from dtt.machine import free_port
 
 SIZE = 64 << 20
 """Bytes that are summed: large enough that the link counts, and not the start."""
@@ -80,8 +81,6 @@ def measure(backend: str, ranks: int) -> float:
     That is 2 (n - 1) / n times the bytes by the time: what each link carries, for any number of
     ranks (nccl-tests, PERFORMANCE.md).
     """
-    from dtt.training.launch import free_port
-
     method = "fork" if sys.platform == "linux" else "spawn"
     port, context = free_port(), cast(Any, multiprocessing.get_context(method))
     receiving, sending = context.Pipe(duplex=False)
