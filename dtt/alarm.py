@@ -15,6 +15,7 @@ import threading
 import time
 
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtt.errors import DttError, LostRankError, OtherRankError
 from dtt.network import bounded
@@ -37,6 +38,11 @@ class Alarm:
         self._heard = ""
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
         self._thread.start()
+
+    @property
+    def store(self) -> Store:
+        """What the ranks of this launch share: looking at it waits for no other rank."""
+        return self._room.store
 
     def close(self) -> None:
         """Stop listening; a rank that ends ends by itself."""
