@@ -17,16 +17,16 @@ python="${PYTHON:-python}"
 arguments=(-c "${CONFIG:-configs/config.yaml}" "$@")
 run=$("$python" -m dtt.launch.slurm_attempt folder "${arguments[@]}") || exit
 
+messages="$run/logs/srun.err"
 attempt() {
   "$python" -m dtt.launch.slurm_attempt "$1" --run "$run" --job "$SLURM_JOB_ID" \
-    --chain "$DTT_CHAIN" --nodes "$SLURM_JOB_NODELIST" "${@:2}"
+    --chain "$DTT_CHAIN" --nodes "$SLURM_JOB_NODELIST" --messages "$messages" "${@:2}"
 }
 # Asked to stop, by the signal before the wall time or by a person: have the ranks save.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null' USR1 TERM
 export DTT_CHAIN="${DTT_CHAIN:-$SLURM_JOB_ID}"  # the first job of those that go on with each other
 mkdir -p "$run/logs"
 attempt begin || exit
-messages="$run/logs/srun.err"
 touch "$run/logs/rank-0.log"
 # A rank that ends does not end the others, which may be saving; they have --wait seconds.
 srun --kill-on-bad-exit=0 --wait=600 --open-mode=append \
@@ -40,4 +40,4 @@ while true; do  # a signal ends `wait`, not the ranks
 done
 wait "$ranks"; code=$?
 wait
-attempt end --code "$code" --messages "$messages" -- "$@"
+attempt end --code "$code" -- "$@"

@@ -116,7 +116,7 @@ def signal_seconds(options: argparse.Namespace, progress: Progress | None) -> in
         busy = 2 * (progress.step_seconds + progress.save_seconds)
         wanted = max(LEAST, LATENESS + math.ceil(2 * busy))
     else:
-        return int(min(UNKNOWN, max(1, limit // 3)))
+        return int(max(1, min(UNKNOWN, limit / 3)))
     if wanted * 2 > limit and options.signal_seconds is None:
         wanted_time = math.ceil(2 * wanted / 60)
         raise ConfigError(

@@ -19,6 +19,7 @@ from dtt.errors import EXIT_DONE, ConfigError, PeerError
 from dtt.launch.attempts import Record, attempts_of, newest_step, record_of
 from dtt.launch.slurm_verdict import (
     EXIT_NO_PROGRESS,
+    LOST,
     MOST_IDLE,
     Verdict,
     decide,
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         parser.add_argument("--chain", required=True, help="first job of those that go on")
         parser.add_argument("--nodes", required=True, help="SLURM_JOB_NODELIST")
         parser.add_argument("--code", type=int, default=0, help="exit code of srun")
-        parser.add_argument("--messages", type=Path, help="what srun said on stderr")
+        parser.add_argument("--messages", type=Path, required=True, help="what srun said")
         cut = argv.index("--") if "--" in argv else len(argv)  # then: what the batch script got
         options = parser.parse_args(argv[:cut], argparse.Namespace(rest=argv[cut + 1 :]))
         return begin(options) if options.event == "begin" else end(options)
@@ -72,9 +73,11 @@ def begin(options: argparse.Namespace) -> int:
     """Write down that an attempt begins; not 0 if it must not."""
     run, record, step = options.run, record_of(options.run), newest_step(options.run)
     if (lost := record.open_attempt(options.chain)) is not None:
-        failed = [name for name in lost["nodes"] if name in _down(lost["nodes"])]
+        said, nodes = read_messages(_messages(options), LOST, lost["nodes"]), lost["nodes"]
+        failed = sorted({*said.failed, *_down(nodes)} & {*nodes})
         why = "Slurm ended it" + (f" when {','.join(failed)} was lost" if failed else "")
-        _ended(record, options, lost["job"], step, -1, failed, why)
+        _ended(record, options, lost["job"], step, LOST, failed, why)
+    options.messages.write_text("", encoding="utf-8")  # what follows is of this attempt
     attempts = attempts_of(record.rows(), options.chain)
     number = len(attempts) + 1
     if (count := idle(attempts)) >= MOST_IDLE:
@@ -94,8 +97,7 @@ def begin(options: argparse.Namespace) -> int:
 def end(options: argparse.Namespace) -> int:
     """Write down how an attempt ended, have it go on where it should; return its exit code."""
     record, step = record_of(options.run), newest_step(options.run)
-    text = options.messages.read_text(encoding="utf-8", errors="replace")
-    ended = read_messages(text, options.code, expand(options.nodes))
+    ended = read_messages(_messages(options), options.code, expand(options.nodes))
     _ended(record, options, options.job, step, ended.code, ended.failed, "")
     attempts = attempts_of(record.rows(), options.chain)
     verdict = decide(ended, attempts, cancelled=_is_cancelled(options.job))
@@ -116,6 +118,11 @@ def _ended(
 ) -> None:
     facts = {"job": job, "chain": options.chain, "code": code, "failed": list(failed)}
     record.add("ended", **facts, step=step, why=why)
+
+
+def _messages(options: argparse.Namespace) -> str:
+    path: Path = options.messages
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _summary(verdict: Verdict, number: int, run: Path) -> str:

@@ -20,6 +20,8 @@ MOST_IDLE = 3
 """Attempts in a row without a new checkpoint after which a job stops."""
 MOST_FAILURES = 2
 """Failures after which a node is left out."""
+LOST = -1
+"""Stands for the exit code of an attempt that Slurm ended with its batch script (a node died)."""
 SIGNALLED = 128
 """A rank that died by signal N counts as exit code 128 + N, as in a shell."""
 SIGNALS = {
@@ -184,6 +186,7 @@ def worn(attempts: Iterable[Attempt]) -> tuple[str, ...]:
 def describe(ended: Ended) -> str:
     """Say how the ranks ended, in words."""
     meanings: Mapping[int, str] = {
+        LOST: "Slurm ended it",
         EXIT_DONE: "complete",
         EXIT_PREEMPTED: "stopped by a signal after a save (75)",
         PeerError.exit_code: "a rank was lost (7)",

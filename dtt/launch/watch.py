@@ -21,8 +21,6 @@ SHOWN = 5
 """Attempts that are listed, the newest."""
 TAIL = 65536
 """Bytes at the end of a log in which the last lines are looked for."""
-LOST = -1
-"""What stands for an exit code where Slurm ended the attempt."""
 PAUSE = 0.5
 
 
@@ -152,7 +150,7 @@ def _attempts(rows: list[dict[str, Any]], now: float) -> Iterator[str]:
             begun = row
         elif row["event"] == "ended" and begun:
             ended = Ended(row["code"], tuple(row["failed"]))
-            why = row["why"] if row["code"] == LOST else describe(ended)
+            why = row["why"] or describe(ended)
             found.append(
                 f"attempt {len(found) + 1}: {','.join(begun['nodes'])}, steps {begun['step']:,} to "
                 f"{row['step']:,}, ended {_ago(now - row['time'])}: {why}"
