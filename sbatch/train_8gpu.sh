@@ -23,22 +23,30 @@ attempt() {
   "$python" -m dtt.launch.slurm_attempt "$1" --run "$run" --job "$SLURM_JOB_ID" \
     --chain "$DTT_CHAIN" --nodes "$SLURM_JOB_NODELIST" --messages "$messages" "${@:2}"
 }
-# Asked to stop, by the signal before the wall time or by a person: have the ranks save.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null' USR1 TERM
+# Asked to stop, by the signal before the wall time or by a person: have the ranks save. Those
+# that still load Python ignore it (below), so they are asked until they have ended.
+ask() {
+  while kill -0 $$ 2>/dev/null; do
+    scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
+    sleep 5
+  done
+}
+trap 'ask &' USR1 TERM
 export DTT_CHAIN="${DTT_CHAIN:-$SLURM_JOB_ID}"  # the first job of those that go on with each other
 mkdir -p "$run/logs"
 attempt begin || exit
 touch "$run/logs/rank-0.log"
 # A rank that ends does not end the others, which may be saving; they have --wait seconds.
 srun --kill-on-bad-exit=0 --wait=600 --open-mode=append \
-  --output="$run/logs/rank-%t.log" "$python" -m dtt train "${arguments[@]}" \
-  2> >(tee "$messages" >&2) &
+  --output="$run/logs/rank-%t.log" bash -c 'trap "" USR1; exec "$@"' rank \
+  "$python" -m dtt train "${arguments[@]}" 2> >(tee "$messages" >&2) &
 ranks=$!
 tail --pid="$ranks" -s 0.5 -n 0 -F "$run/logs/rank-0.log" &  # rank 0 speaks here too
+speaker=$!
 while true; do  # a signal ends `wait`, not the ranks
   wait "$ranks"; code=$?
   kill -0 "$ranks" 2>/dev/null || break
 done
 wait "$ranks"; code=$?
-wait
+wait "$speaker"
 attempt end --code "$code" -- "$@"

@@ -18,7 +18,8 @@ from dtt.metrics.progress import Progress, read_progress
 from dtt.storage import make_folder
 
 LATENESS = 60
-"""Seconds by which Slurm may deliver its signal late: it looks at times every 30 to 60."""
+"""Seconds by which Slurm may be wrong: it looks at the time every 30 s, and on busy clusters less
+often."""
 UNKNOWN = 300
 """Seconds before the wall time at which a run that has never saved is asked to stop."""
 LEAST = 120

@@ -126,7 +126,8 @@ def read_messages(text: str, code: int, nodes: Sequence[str]) -> Ended:
     elif died or failed:
         cause = died[0] if died else SIGNALLED + SIGNALS["Killed"]
     else:
-        cause = max(codes, key=lambda c: c == PeerError.exit_code, default=code)
+        # Who lost a rank that was preempted was preempted, too.
+        cause = max(codes, key=lambda c: c == EXIT_PREEMPTED, default=code)
     # Where every node of several failed it was not the node.
     unlike = tuple(name for name in dict.fromkeys(failed) if name in nodes)
     return Ended(cause, () if len(unlike) == len(nodes) > 1 else unlike)

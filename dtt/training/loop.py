@@ -110,8 +110,7 @@ def fit(run: Run) -> TrainState:
         if state.owes_validation:
             _milestones(run, readings, due, preemption)
         while state.step < run.steps and not readings.stop:
-            stop = preemption.requested is not None
-            result = run.stepper.step(next(batches), state.step, stop)
+            result = run.stepper.step(next(batches), state.step, preemption.asked)
             factor = learning_rate(run.config.schedule, state.step, run.steps)
             tokens = state.tokens + result.tokens
             readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
@@ -126,9 +125,9 @@ def fit(run: Run) -> TrainState:
             if due.log(state.step):
                 _log(run, readings)
             _milestones(run, readings, due, preemption)
-    if run.profiler is not None:
-        run.profiler.close()
-    run.checkpoints.finish()
+        if run.profiler is not None:
+            run.profiler.close()
+        run.checkpoints.finish()  # a second signal must not end the save that the first asked for
     _note_progress(run)
     return state
 
@@ -200,7 +199,7 @@ def _validate(run: Run, readings: Readings, preemption: Preemption) -> float | N
                 "val",
                 batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
                 max_tokens=settings.max_tokens,
-                stop=lambda: preemption.requested is not None,
+                stop=preemption.asked,
             )
     except CutShort:
         state.owes_validation = readings.stop = True
@@ -227,7 +226,7 @@ def _sample(run: Run, preemption: Preemption) -> None:
     model = run.stepper.model
 
     def look(*progress: object) -> None:
-        if preemption.requested is not None:
+        if preemption.asked():
             raise CutShort
 
     if not model.is_whole:

@@ -113,11 +113,11 @@ def test_a_node_that_failed_twice_is_left_out() -> None:
             137,
             Ended(7),
         ),
-        (  # one that was late to lose the others does not hide that they had saved
-            "srun: error: node1: task 0: Exited with exit code 75\n"
-            "srun: error: node2: task 1: Exited with exit code 7",
+        (  # rank 0 was stopped before the first step, and rank 1 has lost it
+            "srun: error: node2: task 1: Exited with exit code 7\n"
+            "srun: error: node1: task 0: Exited with exit code 75",
             75,
-            Ended(7),
+            Ended(75),
         ),
     ],
 )
