@@ -13,6 +13,7 @@ from dtt.config.parser import at_least
 from dtt.errors import EXIT_DONE, ConfigError
 from dtt.launch.attempts import record_of
 from dtt.launch.job import Job
+from dtt.launch.slurm_attempt import fresh_error
 from dtt.launch.slurm_script import Words, quoted, stage_script, train_script
 from dtt.metrics.progress import Progress, read_progress
 from dtt.storage import make_folder
@@ -153,6 +154,8 @@ def seconds_of(limit: str) -> float:
 
 def _scripts(job: Job, options: argparse.Namespace) -> dict[str, str]:
     """Return the scripts of a job by name; those before training only with --chain."""
+    if "--fresh" in job.arguments:
+        raise fresh_error()
     logs = str(job.folder / "logs").replace("%", "%%")
     seconds = signal_seconds(options, read_progress(job.folder))
     python = shlex.quote(job.python)
@@ -198,7 +201,7 @@ def _of_data(arguments: Sequence[str]) -> list[str]:
     for word in words:
         if word == "--resume":
             next(words, None)
-        elif word != "--fresh" and not word.startswith("--resume="):
+        elif not word.startswith("--resume="):
             kept.append(word)
     return kept
 

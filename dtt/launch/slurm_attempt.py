@@ -64,9 +64,20 @@ def _folder(argv: list[str]) -> int:
     parser = ConfigParser("dtt train", "", ())
     parser.add_argument("--resume")
     parser.add_argument("--fresh", action="store_true")
-    config = parser.config(parser.parse(argv))
+    options = parser.parse(argv)
+    if options.fresh:
+        raise fresh_error()
+    config = parser.config(options)
     print(config.dir / str(config.name))
     return EXIT_DONE
+
+
+def fresh_error() -> ConfigError:
+    """Return what is wrong with --fresh in a job that may begin again."""
+    return ConfigError(
+        "--fresh in a Slurm job would remove the run whenever the job begins again",
+        "remove the old run's folder by hand, or give this one another --name",
+    )
 
 
 def begin(options: argparse.Namespace) -> int:

@@ -311,13 +311,24 @@ def test_a_script_is_the_ready_one_but_for_its_words(tmp_path: Path) -> None:
 
 
 def test_a_chain_is_three_scripts_without_what_only_training_knows(tmp_path: Path) -> None:
-    job = Job("r", tmp_path / "r", ("-c", "c.yaml", "--fresh", "--resume", "x", "--seed", "1"), 2)
+    job = Job("r", tmp_path / "r", ("-c", "c.yaml", "--resume", "x", "--seed", "1"), 2)
     text = slurm.write(job, options("--chain"))
     parts = text.split("### ")[1:]
     assert [part.splitlines()[0] for part in parts] == ["download.sh", "tokenize.sh", "train.sh"]
     assert all("arguments=(-c c.yaml --seed 1)" in part for part in parts[:2])
-    assert "arguments=(-c c.yaml --fresh --resume x --seed 1)" in parts[2]
+    assert "arguments=(-c c.yaml --resume x --seed 1)" in parts[2]
     assert "--nodes=1" in parts[0] and "--nodes=2" in parts[1]
+
+
+def test_fresh_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that is requeued would start over each time."""
+    job = Job("r", tmp_path / "r", ("-n", "r", "--fresh"))
+    with pytest.raises(ConfigError, match="--fresh in a Slurm job"):
+        slurm.write(job, options())
+    assert slurm_attempt.main(["folder", "-n", "r", "--fresh"]) == 2
+    assert "--fresh in a Slurm job" in capsys.readouterr().err
+    assert slurm_attempt.main(["folder", "-n", "r", "--checkpoint-dir", "out"]) == 0
+    assert capsys.readouterr().out == "out/r\n"
 
 
 @pytest.mark.parametrize(
