@@ -23,15 +23,8 @@ attempt() {
   "$python" -m dtt.launch.slurm_attempt "$1" --run "$run" --job "$SLURM_JOB_ID" \
     --chain "$DTT_CHAIN" --nodes "$SLURM_JOB_NODELIST" --messages "$messages" "${@:2}"
 }
-# Asked to stop, by the signal before the wall time or by a person: have the ranks save. Those
-# that still load Python ignore it (below), so they are asked until they have ended.
-ask() {
-  while kill -0 $$ 2>/dev/null; do
-    scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
-    sleep 5
-  done
-}
-trap 'ask &' USR1 TERM
+asked=
+trap 'asked=1' USR1 TERM  # by the signal before the wall time, or by a person
 export DTT_CHAIN="${DTT_CHAIN:-$SLURM_JOB_ID}"  # the first job of those that go on with each other
 mkdir -p "$run/logs"
 attempt begin || exit
@@ -43,9 +36,12 @@ srun --kill-on-bad-exit=0 --wait=600 --open-mode=append \
 ranks=$!
 tail --pid="$ranks" -s 0.5 -n 0 -F "$run/logs/rank-0.log" &  # rank 0 speaks here too
 speaker=$!
-while true; do  # a signal ends `wait`, not the ranks
-  wait "$ranks"; code=$?
-  kill -0 "$ranks" 2>/dev/null || break
+# A signal ends `wait`, not the ranks: they are asked to save. Those that still load Python ignore it
+# (see above), so they are asked until they have ended.
+while kill -0 "$ranks" 2>/dev/null; do
+  if [ -z "$asked" ]; then wait "$ranks"; continue; fi
+  scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
+  for _ in 1 2 3 4 5; do kill -0 "$ranks" 2>/dev/null && sleep 1; done
 done
 wait "$ranks"; code=$?
 wait "$speaker"

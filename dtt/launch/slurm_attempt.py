@@ -199,7 +199,7 @@ def _resubmit(
 
 
 def _is_cancelled(job: str) -> bool:
-    """Whether somebody has ended the job; a job that reached its wall time may go on."""
+    """Whether Slurm has ended the job, asked by a person or not; at its wall time it may go on."""
     facts = _facts(job)
     state = facts.get("JobState", "RUNNING")
     return state != "RUNNING" and facts.get("Reason") != "TimeLimit"

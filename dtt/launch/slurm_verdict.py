@@ -147,14 +147,17 @@ def _is_retryable(code: int) -> bool:
 def decide(ended: Ended, attempts: Sequence[Attempt], *, cancelled: bool) -> Verdict:
     """Return what is to happen after the last of `attempts`, all of one chain of jobs.
 
-    `cancelled`: somebody has cancelled the job, which must not come back.
+    `cancelled`: the job is over for Slurm. Cancelled by a person it must not come back; of a lost
+    node Slurm requeues it by itself.
     """
     last = attempts[-1]
     why = describe(ended)
     if ended.code == EXIT_DONE:
         return Verdict("done", EXIT_DONE, why)
     if cancelled:
-        return Verdict("stop", ended.code, f"{why}; cancelled, so it does not go on by itself")
+        return Verdict(
+            "stop", ended.code, f"{why}; Slurm has ended the job, and goes on with it or not"
+        )
     if not _is_retryable(ended.code):
         return Verdict("stop", ended.code, f"{why}: another attempt would end alike")
     if (count := idle(attempts)) >= MOST_IDLE:

@@ -149,7 +149,9 @@ def test_a_node_that_dies_is_named_and_the_run_goes_on(
     finally:
         slurm.start_node("node2")
     assert slurm.wait(job) == "COMPLETED", log(job)
-    assert ends() == [(-1, ["node2"]), (0, [])], attempts()
+    (code, failed), last = ends()
+    # Slurm may leave the batch script the time to write that down, or the next attempt does it.
+    assert (code in (-1, 137), failed, last) == (True, ["node2"], (0, [])), attempts()
     assert_same_run(RUN, whole(2))
 
 
