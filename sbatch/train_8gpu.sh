@@ -36,8 +36,8 @@ srun --kill-on-bad-exit=0 --wait=600 --open-mode=append \
 ranks=$!
 tail --pid="$ranks" -s 0.5 -n 0 -F "$run/logs/rank-0.log" &  # rank 0 speaks here too
 speaker=$!
-# A signal ends `wait`, not the ranks: they are asked to save. Those that still load Python ignore it
-# (see above), so they are asked until they have ended.
+# A signal ends `wait`, not the ranks: they are asked to save. Those that still load Python ignore
+# it (see above), so they are asked until they have ended.
 while kill -0 "$ranks" 2>/dev/null; do
   if [ -z "$asked" ]; then wait "$ranks"; continue; fi
   scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
