@@ -87,7 +87,7 @@ def step_seconds(config: Config, ranks: int, steps: int, *, exchange: bool = Tru
         for number in range(WARMUP + steps):
             rank.barrier.wait()
             begin = time.perf_counter()
-            result = stepper.step(share, number, stop=False)
+            result = stepper.step(share, number)
             stepper.update(1.0)
             result.totals.tolist()  # as the loop reads them
             found.append(time.perf_counter() - begin)

@@ -92,7 +92,7 @@ def dtt_step(stepper: Stepper, shape: Shape, stream: TokenStream) -> Callable[[]
 
     def step() -> object:
         nonlocal done
-        result = stepper.step(next(batches), done, stop=False)
+        result = stepper.step(next(batches), done)
         stepper.update(1.0)
         done += 1
         # On a CPU the loop reads the figures of every step.

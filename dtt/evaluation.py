@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from json import dumps as dump_json
 from pathlib import Path
@@ -24,6 +24,14 @@ from dtt.metrics.loggers import perplexity
 from dtt.model.objective import Objective
 from dtt.parallel.model import ParallelModel
 from dtt.training.load import load_run
+
+
+class CutShort(Exception):  # noqa: N818 - what it says is no failure
+    """Somebody asked to stop before all was measured; raised on all ranks."""
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -67,24 +75,29 @@ def evaluate(
     batch_size: int,
     stride: int | None = None,
     max_tokens: int | None = None,
+    stop: Callable[[], bool] = _never,
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
     """Return the model's figures over a split, and those of each corpus of a mixture by name.
 
     Every token of the split is a target exactly once. Windows are cut as in training, but with
     `stride` they follow each other and overlap, so that each target has more text before it. Ranks
     divide the windows; each may have one batch less than another. The figures of a mixture are
-    those of its corpora in their shares of the training tokens.
+    those of its corpora in their shares of the training tokens. If `stop` is true on some rank
+    between two batches, all ranks raise CutShort; where ranks do not divide the model, those that
+    were not asked measure what is theirs first.
     """
     was_training = model.training
     model.set_training(False)
     batch_size = model.pipeline.rows if model.pipeline is not None else batch_size
     found = {}
-    for portion in corpora.portions:
-        batches = _batches(corpora, portion, split, model, batch_size, stride, max_tokens)
-        if not model.is_whole:
-            batches = _in_step(batches, model, batch_size)
-        found[portion.name] = _measure(model, portion, split, batches)
-    model.set_training(was_training)
+    try:
+        for portion in corpora.portions:
+            batches = _batches(corpora, portion, split, model, batch_size, stride, max_tokens)
+            if not model.is_whole:
+                batches = _in_step(batches, model, batch_size, stop)
+            found[portion.name] = _measure(model, portion, split, batches, stop)
+    finally:
+        model.set_training(was_training)
     if not corpora.data.mixture:
         return found[""], {}
     return _mixed([(p.share, found[p.name]) for p in corpora.portions]), found
@@ -113,16 +126,25 @@ def _batches(
 
 
 def _measure(
-    model: ParallelModel, portion: Portion, split: str, batches: Iterable[Batch]
+    model: ParallelModel,
+    portion: Portion,
+    split: str,
+    batches: Iterable[Batch],
+    stop: Callable[[], bool],
 ) -> Evaluation:
-    totals, runtime = torch.zeros(2, dtype=torch.float64), model.mesh.runtime
+    totals, runtime = torch.zeros(3, dtype=torch.float64), model.mesh.runtime
     for batch in batches:
+        if model.is_whole and stop():  # else `_in_step` asks all ranks together
+            totals[2] = 1
+            break
         given = {"targets": batch.targets.to(runtime.device)}
         if batch.positions is not None:
             given["positions"] = batch.positions.to(runtime.device)
         totals[0] += model.loss(batch.tokens.to(runtime.device), given).cpu().double()
         totals[1] += batch.count if model.counts_data else 0
-    nats, count = (float(x) for x in _total(totals, runtime))
+    nats, count, stopped = (float(x) for x in _total(totals, runtime))
+    if stopped:
+        raise CutShort
     manifest = portion.corpus.manifest
     # Bytes per token of the whole split, also where only a part of it was evaluated.
     size = manifest.total(split, "bytes") * count / manifest.total(split, "tokens")
@@ -136,16 +158,20 @@ def _measure(
     )
 
 
-def _in_step(batches: Iterable[Batch], model: ParallelModel, rows: int) -> Iterator[Batch]:
+def _in_step(
+    batches: Iterable[Batch], model: ParallelModel, rows: int, stop: Callable[[], bool]
+) -> Iterator[Batch]:
     """Yield a rank's batches, padded to one shape, and then ones without targets until no rank has
-    any left."""
+    any left; CutShort if one was asked to stop."""
     shape = rows, model.settings.context
     own, with_positions = iter(batches), False
     while True:
         batch = next(own, None)
         with_positions |= batch is not None and batch.positions is not None
-        left = torch.tensor([batch is not None, with_positions], dtype=torch.float64)
-        left = _total(left, model.mesh.runtime)
+        said = [batch is not None, with_positions, stop()]
+        left = _total(torch.tensor(said, dtype=torch.float64), model.mesh.runtime)
+        if left[2]:
+            raise CutShort
         if not left[0]:
             return
         tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)

@@ -163,12 +163,14 @@ def sample_texts(
         end=tokenizer.end_of_text,
         vocab_size=tokenizer.vocab_size,
     )
-    for done, tokens in enumerate(stream, 1):
-        advance("writing", done, count)
-        for row, token in zip(written, tokens, strict=True):
-            if token is not None:
-                row.append(token)
-    model.train(was_training)
+    try:
+        for done, tokens in enumerate(stream, 1):
+            advance("writing", done, count)
+            for row, token in zip(written, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+    finally:
+        model.train(was_training)
     return [tokenizer.decode(row) for row in written]
 
 

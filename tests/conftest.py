@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm_bed
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as `dtt` has it
@@ -48,3 +49,25 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], P
         return made[ranks]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_bed.Cluster]:
+    """A real Slurm of node1 and node2; skips, with the reason, where it cannot be started."""
+    try:
+        found = slurm_bed.start(tmp_path_factory.mktemp("slurm") / "bed")
+    except slurm_bed.AbsentError as reason:
+        pytest.skip(f"no Slurm here: {reason}")
+    yield found
+    slurm_bed.stop(found)
+
+
+@pytest.fixture
+def slurm(
+    cluster: slurm_bed.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[slurm_bed.Cluster]:
+    """The cluster, for the commands of this process and those that it starts; free afterwards."""
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    yield cluster
+    cluster.clear()

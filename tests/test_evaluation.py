@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,9 +151,39 @@ def test_ranks_together_see_what_one_sees(corpus: Corpus, ranks: int) -> None:
     members = [OneOfSeveral(Place(rank, ranks), cpu) for rank in range(ranks)]
     for member in members:
         evaluate(model, corpus, "val", member, batch_size=4)
-    nats, count = torch.stack([m.totals[0] for m in members]).sum(0).tolist()
-    assert count == alone.tokens and nats / count == pytest.approx(alone.loss, rel=1e-9)
+    totals = torch.stack([m.totals[0] for m in members]).sum(0)
+    nats, count, stopped = totals.tolist()
+    assert (
+        stopped == 0
+        and count == alone.tokens
+        and nats / count == pytest.approx(alone.loss, rel=1e-9)
+    )
     assert all(0 < m.totals[0][1] < alone.tokens for m in members)
+
+
+class Asked(OneOfSeveral):
+    """One of two ranks, of which the other was asked to stop."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        others = torch.ones_like(values)
+        return super().sum(values) + others
+
+
+@pytest.mark.parametrize("asked", ["this", "the other"])
+def test_all_ranks_stop_when_one_is_asked(corpus: Corpus, asked: str) -> None:
+    model, cpu = decoder(corpus).train(), torch.device("cpu")
+    runtime = (Asked if asked == "the other" else OneOfSeveral)(Place(0, 2), cpu)
+    with pytest.raises(module.CutShort):
+        evaluate(model, corpus, "val", runtime, batch_size=4, stop=lambda: asked == "this")
+    assert model.training
+    assert (runtime.totals[0][1] == 0) == (asked == "this")  # not one batch after that
+    # Where ranks divide the model they ask each other before every batch.
+    divided: Any = SimpleNamespace(
+        settings=SimpleNamespace(context=CONTEXT), mesh=SimpleNamespace(runtime=runtime)
+    )
+    steps = module._in_step(iter(()), divided, 4, lambda: asked == "this")
+    with pytest.raises(module.CutShort):
+        next(steps)
 
 
 def test_a_part_of_a_split_has_the_bytes_per_token_of_the_whole(corpus: Corpus) -> None:

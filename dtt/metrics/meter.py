@@ -18,6 +18,10 @@ class Meter:
         self._pause = 0.0
         self._step_seconds: float | None = None
         self._readings = 0
+        self.last: dict[str, float] = {}
+        """What `read` returned last."""
+        self.slowest = 0.0
+        """Seconds of a step, in the slowest interval that was read."""
 
     def add(self, tokens: int) -> None:
         """Count one optimizer step of `tokens` target tokens."""
@@ -37,12 +41,14 @@ class Meter:
         old = self._step_seconds if self._readings > 1 else None
         self._step_seconds = per_step if old is None else 0.7 * per_step + 0.3 * old
         self._readings += 1
+        self.slowest = max(self.slowest, per_step)
         speed = self._tokens / seconds
         self._since, self._tokens, self._count, self._pause = now, 0, 0, 0.0
-        return {
+        self.last = {
             "tokens_per_second": speed,
             "seconds_left": (self._steps - step) * self._step_seconds,
         }
+        return self.last
 
 
 def short_duration(seconds: float) -> str:

@@ -63,6 +63,7 @@ class _Job:
     best_loss: float | None
     work: str | None = None
     """The name of the folder that several ranks write to."""
+    begun: float = 0.0
 
 
 class Checkpoints:
@@ -96,6 +97,8 @@ class Checkpoints:
         self._notes: list[str] = []
         self._failures = 0
         self._failure: StorageError | None = None
+        self.longest: float | None = None
+        """Seconds that the longest save took until its checkpoint was complete."""
 
     def newest(self) -> Saved | None:
         """Return the newest whole checkpoint, with a warning for each newer damaged one.
@@ -151,6 +154,7 @@ class Checkpoints:
         warning, here or at a later call; the third in a row is a StorageError. What was saved
         before stays whole in any case. The caller may change all arguments once this returns.
         """
+        begun = time.monotonic()
         self._settle()
         contents = dict(files)
         contents[STATE] = (json.dumps(state, indent=2, allow_nan=False) + "\n").encode()
@@ -163,7 +167,7 @@ class Checkpoints:
         if self._background:
             groups = self._staging.copy(groups)
         failpoint("checkpoint.snapshot", step=step)
-        self._job = _Job(step, groups, contents, best_loss, work)
+        self._job = _Job(step, groups, contents, best_loss, work, begun)
         self._saved, self._error, self._notes = False, None, []
         if self._background:
             thread = threading.Thread(target=self._run, args=(self._job,), name="checkpoint")
@@ -225,6 +229,7 @@ class Checkpoints:
             else:
                 self._store(job)
             self._saved = True
+            self.longest = max(self.longest or 0.0, time.monotonic() - job.begun)
         except Exception as error:
             self._error = error
 

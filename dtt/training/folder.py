@@ -18,6 +18,7 @@ OWN = OPEN | {
     "config.schema.json",
     "tokenizer.json",
     "metrics.jsonl",
+    "progress.json",
     "samples.jsonl",
     "loss.png",
     "checkpoints",

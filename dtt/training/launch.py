@@ -65,18 +65,16 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
     begun = time.perf_counter()
     taken = str(resume) if resume else None
     with runtime.sharing_failures(), open_run(config, runtime, taken, fresh) as run:
-        if run.state.step >= run.steps:
+        if run.is_complete():
             run.reporter.info(f"{run.folder} is already complete: {run.state.step} steps")
         else:
             fit(run)
-            if runtime.is_main and run.state.step >= run.steps:
+            if runtime.is_main and run.is_complete():
                 draw_loss(run.folder, run.reporter.warning)
                 run.reporter.info(sparkline(run.folder))
             for line in closing_lines(run, time.perf_counter() - begun):
                 run.reporter.info(line)
-        trained = Trained(
-            run.folder, run.state.step, run.state.step >= run.steps, run.state.best_loss
-        )
+        trained = Trained(run.folder, run.state.step, run.is_complete(), run.state.best_loss)
     runtime.close()
     return trained
 

@@ -14,9 +14,10 @@ from torch.nn.utils import get_total_norm
 from dtt.config.schema import Config
 from dtt.dist import local
 from dtt.errors import NumericError
-from dtt.evaluation import evaluate
+from dtt.evaluation import CutShort, evaluate
 from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
+from dtt.metrics.progress import Progress, read_progress
 from dtt.optim.schedule import learning_rate
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
@@ -105,39 +106,48 @@ def fit(run: Run) -> TrainState:
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
     first = state.step + 1
-    with Preemption() as preemption:
-        with run.reporter.bar(state.step), contextlib.closing(batches):
-            while state.step < run.steps:
-                stop = preemption.requested is not None
-                result = run.stepper.step(next(batches), state.step, stop)
-                factor = learning_rate(run.config.schedule, state.step, run.steps)
-                tokens = state.tokens + result.tokens
-                readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
-                run.stepper.update(factor)
-                state.step, state.tokens = state.step + 1, tokens
-                run.meter.add(result.tokens)
-                if state.step == first:
-                    run.reserve()  # the optimizer has its state from now on
-                run.reporter.advance(state.step)
-                if run.profiler is not None:
-                    run.profiler.step()
-                if due.log(state.step):
-                    _log(run, readings)
-                best = _validate(run, readings) if due.evaluate(state.step) else None
-                if due.sample(state.step):
-                    _sample(run)
-                run.checkpoints.poll()
-                if due.checkpoint(state.step) or best is not None or readings.stop:
-                    readings.drain()
-                    with run.pause():
-                        _refuse_bad_weights(run)
-                        run.save(best)
-                if readings.stop:
-                    break
+    with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
+        if state.owes_validation:
+            _milestones(run, readings, due, preemption)
+        while state.step < run.steps and not readings.stop:
+            result = run.stepper.step(next(batches), state.step, preemption.asked)
+            factor = learning_rate(run.config.schedule, state.step, run.steps)
+            tokens = state.tokens + result.tokens
+            readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
+            run.stepper.update(factor)
+            state.step, state.tokens = state.step + 1, tokens
+            run.meter.add(result.tokens)
+            if state.step == first:
+                run.reserve()  # the optimizer has its state from now on
+            run.reporter.advance(state.step)
+            if run.profiler is not None:
+                run.profiler.step()
+            if due.log(state.step):
+                _log(run, readings)
+            _milestones(run, readings, due, preemption)
         if run.profiler is not None:
             run.profiler.close()
-        run.checkpoints.finish()  # a second signal must not end a save
+        run.checkpoints.finish()  # a second signal must not end the save that the first asked for
+    _note_progress(run)
     return state
+
+
+def _milestones(run: Run, readings: Readings, due: Due, preemption: Preemption) -> None:
+    """Validate, let the model write, and save: what is due after the last step.
+
+    A signal cuts the first two short; the validation is then owed by whoever goes on, so that a run
+    with stops has the same checkpoints as one without.
+    """
+    step, owed = run.state.step, run.state.owes_validation
+    best = _validate(run, readings, preemption) if due.evaluate(step) else None
+    if due.sample(step) and not readings.stop:
+        _sample(run, preemption)
+    run.checkpoints.poll()
+    if due.checkpoint(step) or best is not None or readings.stop or owed:
+        readings.drain()
+        with run.pause():
+            _refuse_bad_weights(run)
+            run.save(best)
 
 
 def _refuse_bad_weights(run: Run) -> None:
@@ -155,20 +165,45 @@ def _log(run: Run, readings: Readings) -> None:
     figures = readings.last | run.meter.read(run.state.step)
     run.reporter.step(run.state.step, figures)
     run.track({f"train/{name}": value for name, value in figures.items()})
+    _note_progress(run)
 
 
-def _validate(run: Run, readings: Readings) -> float | None:
+def _note_progress(run: Run) -> None:
+    """Write progress.json, with the figures of the last log line."""
+    figures = run.meter.last
+    if not run.runtime.is_main or not figures:
+        return
+    old, saved = read_progress(run.folder), run.checkpoints.longest
+    if saved is None and old is not None:
+        saved = old.save_seconds
+    Progress(
+        run.state.step,
+        run.steps,
+        figures["tokens_per_second"],
+        figures["seconds_left"],
+        run.meter.slowest,
+        saved,
+    ).write(run.folder)
+
+
+def _validate(run: Run, readings: Readings, preemption: Preemption) -> float | None:
     """Measure the validation loss; return it if it is the lowest so far."""
     readings.drain()
     settings, state = run.config.evaluation, run.state
-    with run.pause():
-        result, parts = evaluate(
-            run.stepper.model,
-            run.corpora,
-            "val",
-            batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
-            max_tokens=settings.max_tokens,
-        )
+    state.owes_validation = False
+    try:
+        with run.pause():
+            result, parts = evaluate(
+                run.stepper.model,
+                run.corpora,
+                "val",
+                batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
+                max_tokens=settings.max_tokens,
+                stop=preemption.asked,
+            )
+    except CutShort:
+        state.owes_validation = readings.stop = True
+        return None
     if not math.isfinite(result.loss):
         raise NumericError(f"step {state.step}: the validation loss is {result.loss}", CALM)
     improved = state.best_loss is None or result.loss < state.best_loss
@@ -186,9 +221,14 @@ def _validate(run: Run, readings: Readings) -> float | None:
     return result.loss if improved else None
 
 
-def _sample(run: Run) -> None:
+def _sample(run: Run, preemption: Preemption) -> None:
     """Let the model write, on the main rank; the others go on and wait at the next step."""
     model = run.stepper.model
+
+    def look(*progress: object) -> None:
+        if preemption.asked():
+            raise CutShort
+
     if not model.is_whole:
         run.reporter.info("no samples while ranks divide the model: `dtt generate` writes them")
         return
@@ -196,15 +236,19 @@ def _sample(run: Run) -> None:
         return
     settings = run.config.sample
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
-    with run.pause():
-        texts = sample_texts(
-            model.stages[0].model,
-            run.corpora.tokenizer,
-            list(settings.prompts),
-            settings.max_length,
-            sampling,
-            seed=run.config.seed,
-        )
+    try:
+        with run.pause():
+            texts = sample_texts(
+                model.stages[0].model,
+                run.corpora.tokenizer,
+                list(settings.prompts),
+                settings.max_length,
+                sampling,
+                seed=run.config.seed,
+                advance=look,
+            )
+    except CutShort:
+        return
     with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         for prompt, text in zip(settings.prompts, texts, strict=True):
             run.reporter.info(f"--- step {run.state.step}, sample:\n{prompt}{text}", style="cyan")
@@ -217,7 +261,7 @@ def _sample(run: Run) -> None:
 def closing_lines(run: Run, seconds: float) -> Iterator[str]:
     """What a person wants to know at the end, and what to do next."""
     state = run.state
-    if state.step < run.steps:
+    if not run.is_complete():
         yield f"stopped at step {state.step} of {run.steps}, saved; {run.again} goes on from there"
         return
     done, duration = run.steps - run.begun_at, short_duration(seconds)

@@ -46,6 +46,10 @@ class Preemption:
         self.requested: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.requested is not None
+
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}

@@ -307,4 +307,6 @@ def _restore(saved: Saved | None, stepper: Stepper) -> TrainState:
     load_optimizer(stepper, SavedGroup(saved, "optimizer"))
     if saved.state["scaler"]:
         stepper.scaler.load_state_dict(saved.state["scaler"])
-    return TrainState(saved.state["step"], saved.state["best_loss"], saved.state["tokens"])
+    state = saved.state
+    owes = state.get("owes_validation", False)  # older checkpoints do not say
+    return TrainState(state["step"], state["best_loss"], state["tokens"], owes)

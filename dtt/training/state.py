@@ -37,6 +37,8 @@ class TrainState:
     """Lowest validation loss so far."""
     tokens: int = 0
     """Targets that these steps had."""
+    owes_validation: bool = False
+    """Whether a signal cut the validation after the last step short; whoever goes on does it."""
 
 
 @dataclass
@@ -64,6 +66,10 @@ class Run:
     again: str
     """What a person says to go on with this run."""
 
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state.step >= self.steps and not self.state.owes_validation
+
     def save(self, best_loss: float | None = None) -> None:
         """Save the state: on the rank that writes files, or where ranks divide the model on each
         what it has. All ranks must ask."""
@@ -80,6 +86,7 @@ class Run:
             "step": step,
             "best_loss": self.state.best_loss,
             "tokens": self.state.tokens,
+            "owes_validation": self.state.owes_validation,
             "tokenizer": fingerprint(self.corpora.tokenizer),
             "corpus": self.corpora.name,
             "scaler": self.stepper.scaler.state_dict(),

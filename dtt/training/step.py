@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,6 +32,10 @@ class StepResult:
     """The step's number in the ledger, where one rank knows it without the sum."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass
 class Stepper:
     """What a step needs beside the batch; `scaler` only with fp16."""
@@ -48,11 +53,12 @@ class Stepper:
         # GradScaler asks for param_groups and step only, which Optimizers has.
         self._torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
 
-    def step(self, batch: Batch, step: int, stop: bool) -> StepResult:
+    def step(self, batch: Batch, step: int, stop: Callable[[], bool] = _never) -> StepResult:
         """Train on this rank's share of step `step` (0-based); `update` applies it.
 
         The gradient is that of (sum of losses) / (all target tokens of the step), however the
-        batch is divided; dropout is a function of the step and of samples' numbers in it.
+        batch is divided; dropout is a function of the step and of samples' numbers in it. `stop`,
+        whether this rank was asked to stop, is called as late as possible: before ranks add up.
         """
         device = self.runtime.device
         tokens = batch.tokens.to(device, non_blocking=True)
@@ -71,7 +77,7 @@ class Stepper:
         self.scaler.unscale_(self._torch_optimizer)
         norm = self._clip()
         seen = batch.seen if self.model.counts_data else 0
-        others = torch.tensor([stop, seen], dtype=loss.dtype).to(device, non_blocking=True)
+        others = torch.tensor([stop(), seen], dtype=loss.dtype).to(device, non_blocking=True)
         totals = self.runtime.sum(torch.cat([loss.view(1), others]))
         return StepResult(
             totals, norm, batch.count, batch.seen if self.runtime.ranks == 1 else None

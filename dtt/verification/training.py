@@ -64,7 +64,7 @@ def train(
             model.load(Whole(alone, f"{step - 1}.model."))
             load_optimizer(stepper, Whole(alone, f"{step - 1}.optimizer."))
         share = batch(step, layout.data_rank(runtime.rank), layout.data)
-        result = stepper.step(share, step, stop=False)
+        result = stepper.step(share, step)
         losses.append(result.totals[0] / share.count)
         norms.append(result.grad_norm.clone())
         named = model.named_parameters()

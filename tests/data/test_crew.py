@@ -519,10 +519,9 @@ def test_dask_and_ranks_are_two_ways(
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("slurm")
 def test_srun(tmp_path: Path, text: Path, alone: Files) -> None:
-    if shutil.which("srun") is None or run(["sinfo", "-h"]).stdout == "":
-        pytest.skip("no Slurm cluster")
-    done = run(["srun", "-n2", *command(tmp_path, text)])
+    done = run(["srun", "-N2", "-n2", *command(tmp_path, text)])
     assert (done.returncode, done.stderr) == (0, "")
     folder = next(p for p in tmp_path.iterdir() if p.name[0] != ".")
     assert digest(folder) == alone

@@ -5,6 +5,7 @@ Look at `git diff tests/launch/golden` after that: it is what users will run.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,10 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "mpi-openmpi": ("--flavour openmpi", "--flavour openmpi --hostfile hosts"),
     "mpi-mpich": ("--flavour mpich", "--flavour mpich --hostfile hosts"),
     "ssh": ("--hosts n1", HOSTS),
+    "slurm": (
+        "--time 90",
+        "--partition gpu --time 2-00:00 --cpus-per-task 12 --setup 'module load x'",
+    ),
     "k8s": ("--image dtt:1 --claim work", "--image dtt:1 --claim work --memory 64Gi --cpus 96"),
     "k8s-pytorchjob": (
         "--image dtt:1 --claim work --kind pytorchjob",
@@ -52,7 +57,7 @@ def cases() -> Iterator[tuple[str, str, list[str]]]:
             if engine == "skypilot" and size == "1-cpu":
                 options = "--cpus 8"
             name = f"{row}-{size}{'.yaml' if engine in ('k8s', 'skypilot') else '.sh'}"
-            yield name, engine, [*words.split(), *options.split()]
+            yield name, engine, [*words.split(), *shlex.split(options)]
         if one == "" or engine == "ssh":
             odd = ["-n", "my $run", "--sample.prompts", PROMPT, "--env", f"ODD={PROMPT}"]
             yield f"{row}-odd.sh", engine, [*odd, *one.split()]

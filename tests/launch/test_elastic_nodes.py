@@ -121,7 +121,9 @@ def test_a_failure_on_one_machine_ends_the_run_on_both(folder: Path, launcher: S
     two = launcher("two", "2", training__max_steps="25")
     codes = [wait(one, folder / "one").code, wait(two, folder / "two").code]
     assert codes == [2, 2]
-    assert (text("one", "err") + text("two", "err")).count("ranks differ in their config") == 1
+    # Once on each machine whose rank could say it before the other machine's end reached it.
+    said = [text(name, "err").count("ranks differ in their config") for name in ("one", "two")]
+    assert sorted(said) in ([0, 1], [1, 1])
 
 
 def test_ranks_that_do_not_divide_the_batch_wait(folder: Path, launcher: Start) -> None:

@@ -185,7 +185,7 @@ def step_on_rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     runtime = connect(Place(rank, ranks, rank, ranks, "test"), "cpu", 1)
     stepper = build_stepper(small_config(settings), runtime)
-    result = stepper.step(documents_batch(rank, ranks), 0, stop=rank == 1)
+    result = stepper.step(documents_batch(rank, ranks), 0, stop=lambda: rank == 1)
     found = named_results(stepper, result)
     if runtime.is_main:
         save_file(found, folder / "gradients.safetensors")

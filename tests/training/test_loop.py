@@ -183,7 +183,7 @@ def test_what_a_run_leaves(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     out, run = capsys.readouterr().out, Path("runs/small")
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "config.schema.json", "config.yaml", "lock", "logs", "loss.png",
-        "metrics.jsonl", "samples.jsonl", "tokenizer.json",
+        "metrics.jsonl", "progress.json", "samples.jsonl", "tokenizer.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text("utf-8").splitlines()]
     assert [(row["step"], row["prompt"], len(row["text"])) for row in rows] == [

@@ -51,7 +51,7 @@ def gradients(folder: Path, ranks: int, settings: dict[str, str]) -> dict[str, T
     if ranks == 1:
         runtime = Runtime(Place(), torch.device("cpu"))
         stepper = build_stepper(small_config(settings), runtime)
-        return named_results(stepper, stepper.step(documents_batch(), 0, stop=False))
+        return named_results(stepper, stepper.step(documents_batch(), 0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

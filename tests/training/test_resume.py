@@ -30,6 +30,7 @@ from small_run import (
 from torch import equal
 
 from dtt.cli import main
+from dtt.training import loop
 
 pytestmark = pytest.mark.processes
 Uninterrupted = Callable[[int], Path]
@@ -199,6 +200,41 @@ def test_a_signal_to_one_rank_stops_all(folder: Path, uninterrupted: Uninterrupt
     assert (done.code, done.err) == (75, "")
     assert train(folder, changes).code == 0
     assert_same_run(RUN, uninterrupted(2))
+
+
+@pytest.mark.parametrize("step", [10, STEPS])
+def test_a_signal_in_a_validation_is_acted_on_there(
+    folder: Path,
+    uninterrupted: Uninterrupted,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    """And whoever goes on does the validation that was cut short, after the last step too."""
+    whole, measured = loop.evaluate, []
+
+    def evaluate(*arguments: Any, **named: Any) -> Any:
+        measured.append(1)
+        if len(measured) == [10, 20, STEPS].index(step) + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    done = in_process(capsys)
+    assert done.code == 75 and f"stopped at step {step} of {STEPS}, saved" in done.out
+    assert f"step {step} validation" not in done.out
+    done = in_process(capsys)
+    assert done.code == 0 and f"step {step} validation" in done.out
+    best = RUN / "checkpoints" / "best"
+    assert best.read_text() == (uninterrupted(1) / "checkpoints" / "best").read_text()
+    assert validations(RUN) == validations(uninterrupted(1))
+    assert_same_run(RUN, uninterrupted(1))
+    assert "is already complete" in in_process(capsys).out
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if "val_loss" in row]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(

@@ -32,7 +32,7 @@ ALONE = Runtime(Place(), torch.device("cpu"))
 def gradients(**changes: str) -> dict[str, Tensor]:
     settings = {key.replace("__", "."): value for key, value in changes.items()}
     stepper = build_stepper(small_config({"model.dropout": "0"} | settings), ALONE)
-    return named_results(stepper, stepper.step(documents_batch(), 0, stop=False))
+    return named_results(stepper, stepper.step(documents_batch(), 0))
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
     loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
     parameters = stepper.model.named_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
-    result = stepper.step(batch, 0, stop=False)
+    result = stepper.step(batch, 0)
     assert result.tokens == 8 * 32
     torch.testing.assert_close(result.totals[0] / result.tokens, loss.double(), rtol=1e-6, atol=0)
     found = {name: parameter.grad for name, parameter in parameters.items()}
@@ -75,7 +75,7 @@ def test_documents_apart_and_padding_are_the_mean_loss_of_each_alone() -> None:
     loss = torch.stack(losses).sum() / batch.count
     parameters = stepper.model.named_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
-    result = stepper.step(batch, 0, stop=False)
+    result = stepper.step(batch, 0)
     assert (result.tokens, result.seen) == (batch.count, 1000)
     torch.testing.assert_close(result.totals[0] / result.tokens, loss.double(), rtol=1e-6, atol=0)
     assert_close({n: p.grad for n, p in parameters.items()}, expected, 2e-6)
@@ -131,7 +131,7 @@ def test_the_gradient_is_that_of_the_mean_loss_and_the_balance_of_experts(
     gradients_ = torch.autograd.grad(loss + auxiliary, parameters.values())
     expected = dict(zip(parameters, gradients_, strict=True))
     model.train()
-    result = stepper.step(batch, 0, stop=False)
+    result = stepper.step(batch, 0)
     torch.testing.assert_close(result.totals[0] / result.tokens, loss.double(), rtol=1e-6, atol=0)
     assert_close({n: p.grad for n, p in parameters.items()}, expected, 5e-6)
 
@@ -139,7 +139,7 @@ def test_the_gradient_is_that_of_the_mean_loss_and_the_balance_of_experts(
 def test_an_update_balances_experts_by_their_bias() -> None:
     settings = EXPERTS | {"model.experts.balance": "bias", "training.micro_batch_size": "2"}
     stepper = build_stepper(small_config(settings), ALONE)
-    stepper.step(synthetic_batch(0), 0, stop=False)
+    stepper.step(synthetic_batch(0), 0)
     routers = [layer.router for layer in stepper.model.stages[0].model.experts()]
     counts = [router.counts.clone() for router in routers]
     assert len(counts) == 2 and all(int(count.sum()) == 8 * 32 * 2 for count in counts)
@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         for recompute in (False, True):
             stepper = build_stepper(config, ALONE)
             stepper.model.stages[0].model.recompute = Recompute() if recompute else None
-            result = stepper.step(synthetic_batch(0), 0, stop=False)
+            result = stepper.step(synthetic_batch(0), 0)
             results.append(named_results(stepper, result))
         assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -167,7 +167,7 @@ def test_dropout_is_a_function_of_seed_step_and_sample() -> None:
     def loss(step: int) -> float:
         torch.rand(step + 3)  # what was drawn before does not matter
         stepper.optimizer.zero_grad()
-        return float(stepper.step(synthetic_batch(0), step, stop=False).totals[0])
+        return float(stepper.step(synthetic_batch(0), step).totals[0])
 
     first, second = loss(0), loss(1)
     assert first != second and loss(0) == first and loss(1) == second
@@ -180,14 +180,14 @@ def test_dropout_is_a_function_of_seed_step_and_sample() -> None:
     batch = synthetic_batch(0)
     rows = [0, 1, 2, 3, 0, 1, 2, 3]
     batch = replace(batch, tokens=batch.tokens[rows], targets=batch.targets[rows])
-    twin.step(batch, 0, stop=False)
+    twin.step(batch, 0)
     assert parts[0] != parts[1]
 
 
 def test_a_wish_to_stop_is_counted() -> None:
     stepper = build_stepper(small_config(), ALONE)
-    assert stepper.step(synthetic_batch(0), 0, stop=True).totals[1] == 1
-    assert stepper.step(synthetic_batch(0), 0, stop=False).totals[1] == 0
+    assert stepper.step(synthetic_batch(0), 0, stop=lambda: True).totals[1] == 1
+    assert stepper.step(synthetic_batch(0), 0).totals[1] == 0
 
 
 def test_ten_steps_of_a_plain_pytorch_loop() -> None:
@@ -206,7 +206,7 @@ def test_ten_steps_of_a_plain_pytorch_loop() -> None:
     )
     for step in range(10):
         batch, factor = synthetic_batch(step), learning_rate(config.schedule, step, 10)
-        result = stepper.step(batch, step, stop=False)
+        result = stepper.step(batch, step)
         stepper.update(factor)
 
         optimizer.zero_grad()
@@ -225,7 +225,7 @@ def test_ten_steps_of_a_plain_pytorch_loop() -> None:
 
 def test_the_learning_rate_is_peak_times_factor() -> None:
     stepper = build_stepper(small_config(), ALONE)
-    stepper.step(synthetic_batch(0), 0, stop=False)
+    stepper.step(synthetic_batch(0), 0)
     stepper.update(0.25)
     assert {group["lr"] for group in stepper.optimizer.param_groups} == {4e-3 * 0.25}
     assert all(p.grad is None for p in stepper.parameters)
