@@ -27,6 +27,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="the old run of that name may go")
     options = parser.parse(argv)
     config = parser.config(options)
+    if config.init_from is not None:
+        from dtt.huggingface.origin import with_origin
+
+        config = with_origin(config, options.fresh)
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
