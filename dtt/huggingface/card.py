@@ -68,12 +68,19 @@ def _said(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def card(
-    saved: Saved, config: Config, run: Path, *, family: str | None, files: Mapping[str, str]
+    saved: Saved,
+    config: Config,
+    run: Path,
+    *,
+    family: str | None,
+    proven: Mapping[str, str],
+    usable: bool,
 ) -> str:
     """Return README.md of an exported model.
 
     `run` is where the metrics are, `family` the architecture of transformers (None: dtt's own
-    names), `files` what was proven, in words, by what it is of.
+    names), `proven` what was found, in words, by what it is of; a folder with a tokenizer is
+    `usable`.
     """
     label = config.name or run.name
     front = {"tags": ["dtt", "text-generation"], "pipeline_tag": "text-generation"}
@@ -82,10 +89,10 @@ def card(
     if config.init_from and NAME.fullmatch(config.init_from.partition("@")[0]):
         front |= {"base_model": config.init_from.partition("@")[0]}
     rows = "".join(f"| {key} | {value} |\n" for key, value in _facts(saved, config, run).items())
-    proofs = "".join(f"- {key}: {value}\n" for key, value in files.items())
+    proofs = "".join(f"- {key}: {value}\n" for key, value in proven.items())
     kept = portable(config)
     settings = write_yaml({key: _said(kept[key]) for key in SHOWN})
-    use = USE.format(name=f"{label}-hf") if family is not None else ""
+    use = USE.format(name=f"{label}-hf") if usable else ""
     return (
         f"---\n{write_yaml(front)}---\n\n# {label}\n\n"
         f"A language model trained with dtt{f', as {family}' if family else ''}.\n\n"

@@ -50,7 +50,11 @@ def family_of(model: Model) -> Family:
         ]
         if not lacking[family.model_type]:
             return family
-    nearest = min(lacking, key=lambda name: len(lacking[name]))
+    # Experts are most of a model: one that has them is not near one that has none.
+    nearest = min(
+        lacking,
+        key=lambda name: sum(3 if s.startswith("model.experts ") else 1 for s in lacking[name]),
+    )
     known = "; ".join(family.summary for family in FAMILIES.values())
     raise ConfigError(
         f"no stock architecture is this model: {FAMILIES[nearest].architecture} comes nearest, "

@@ -123,9 +123,19 @@ def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
         else:
             _write_stock(export, temporary, export.family, verify)
         label = export.family.architecture if export.family else None
-        text = card(export.saved, export.config, export.run, family=label, files=export.proven)
+        usable = label is not None and (temporary / "tokenizer.json").exists()
+        text = card(
+            export.saved,
+            export.config,
+            export.run,
+            family=label,
+            proven=export.proven,
+            usable=usable,
+        )
         storage.write_atomic(temporary / "README.md", text)
         _put(temporary, folder)
+    except CheckpointError as error:
+        raise CheckpointError(error.what.replace(str(temporary), str(folder)), error.fix) from error
     finally:
         with suppress(DttError, OSError):
             if temporary.exists():

@@ -120,6 +120,7 @@ def load_theirs(folder: Path, family: Family) -> Any:
                 dtype=torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below
                 output_loading_info=True,
             )
         except Exception as error:
