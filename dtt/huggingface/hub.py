@@ -57,6 +57,12 @@ def bring(name: str, revision: str | None) -> tuple[Path, str]:
 
 def _failure(error: Exception, name: str, revision: str | None, where: str) -> Exception:
     kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
+    status = _status(error)
+    text = " ".join(str(error).split())[:300]
+    if "OfflineModeIsEnabled" not in kinds and (
+        is_temporary(status) if status else any(map(of_network, causes(error)))
+    ):
+        return TemporaryError(f"HTTP status {status}" if status else text)
     if "LocalEntryNotFoundError" in kinds:
         return CheckpointError(
             f"{name} is not on this disk, and {where} cannot be reached",
@@ -75,10 +81,6 @@ def _failure(error: Exception, name: str, revision: str | None, where: str) -> E
             f"there is no model {where} (and no such folder here), or it is private",
             "check init_from, or log in with `hf auth login`",
         )
-    status = _status(error)
-    text = " ".join(str(error).split())[:300]
-    if is_temporary(status) if status else any(map(of_network, causes(error))):
-        return TemporaryError(f"HTTP status {status}" if status else text)
     if isinstance(error, OSError | ValueError):
         return CheckpointError(f"{where}: {text}", "check init_from")
     return error
