@@ -87,7 +87,7 @@ def _compare(weights: FolderWeights, family: Family, note: Callable[[str], None]
         ours.load_state_dict(weights.whole(), assign=True)
         ours.reset()
         worst = prove(weights.folder, family, ours.eval())
-        note(f"{start}logits within {worst:.0e} of their range of those of transformers")
+        note(f"{start}its logits are those of transformers, to {worst:.0e} of their range")
 
 
 def _free_memory() -> int | None:
