@@ -17,7 +17,11 @@ Composites = Sequence[tuple[str, str]]
 
 def config_help(prog: str, aliases: Aliases, composites: Composites) -> str:
     """The part of a command's help on the configuration: aliases, then one line per section."""
-    names = {leaf.path: (leaf.flag,) for leaf in leaves().values() if "." not in leaf.path}
+    names = {
+        leaf.path: (leaf.flag.replace("_", "-"),)
+        for leaf in leaves().values()
+        if "." not in leaf.path
+    }
     rows = [
         (", ".join(flags), f"{_brief(leaves()[path])} [{path}]")
         for path, flags in (names | dict(aliases)).items()

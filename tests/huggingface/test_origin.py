@@ -158,8 +158,10 @@ def test_ranks_that_divide_the_model_start_from_it_too(layout: str, dtt: Command
     words = [*flags(), "--init-from", "start", "--max-steps", "2"]
     assert dtt("train", *words, "-n", "one")[0] == 0
     done = subprocess.run(
-        [sys.executable, "-m", "dtt", "train", *words, "-n", "two", "--world-size", "2"]
-        + [f"--parallel.{layout}", "2"],
+        [
+            *(sys.executable, "-m", "dtt", "train", *words),
+            *("-n", "two", "--world-size", "2", f"--parallel.{layout}", "2"),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
