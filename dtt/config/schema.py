@@ -120,11 +120,10 @@ class Config(Section):
     seed: int = Field(1337, ge=0, lt=2**63)
     """Seed of the initial weights, the data order and dropout."""
     init_from: str | None = Field(None, min_length=1)
-    """Start from the weights of a folder of Hugging Face, or of ORG/NAME[@REVISION] of its Hub;
-    `model` is then what its config.json says, and `tokenizer` its own unless one is set."""
+    """Start from a folder of Hugging Face, or ORG/NAME[@REVISION] of its Hub: from its weights,
+    with the model that its config.json describes, and its tokenizer unless one is set."""
     init_ignore_code: bool = False
-    """Start from the weights of `init_from` though its folder has code of its own, which never
-    runs."""
+    """Start from `init_from` though the folder has code of its own; the code never runs."""
     model: Model = Model()
     """The decoder."""
     tokenizer: Tokenizer = Bpe()

@@ -65,7 +65,7 @@ def _failure(error: Exception, name: str, revision: str | None, where: str) -> E
         return TemporaryError(f"HTTP status {status}" if status else text)
     if "LocalEntryNotFoundError" in kinds:
         return CheckpointError(
-            f"{name} is not on this disk, and {where} cannot be reached",
+            f"no folder {name} is here, nor a download of it, and {where} cannot be reached",
             "check the network or HF_HUB_OFFLINE, or download it where there is one (`hf download "
             f"{name}`)",
         )

@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from stock_models import ALPHABET, CONTEXT, LLAMA, MODELS, VOCABULARY, drift, make_run, quick_files
 
 from dtt.cli import main
+from dtt.config.data import Data, TokenizerFile
 from dtt.config.model import Experts, Learned, Model, NoPositions
 from dtt.config.schema import Config
+from dtt.config.sources import Text
 from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface import export as module
+from dtt.huggingface.card import portable
 from dtt.huggingface.choice import family_of
 from dtt.huggingface.export import open_export, write_export
 from dtt.huggingface.families import FAMILIES
@@ -308,6 +311,22 @@ def test_the_card_has_facts_and_no_places(dtt: Any, tmp_path: Path) -> None:
     assert str(tmp_path) not in text and "library_name: transformers" in text
     for path in Path("exports/book-hf").glob("*.json"):
         assert str(tmp_path) not in path.read_text()
+
+
+def test_settings_are_told_without_the_places_of_files() -> None:
+    source = Text(path=("/home/me/secret/book.txt", "/home/me/more/*.txt"))
+    tokenizer = TokenizerFile(path=Path("/home/me/secret/tokenizer.json"))
+    config = Config(
+        dir=Path("/home/me/runs"),
+        init_from="/home/me/secret/model",
+        tokenizer=tokenizer,
+        data=Data(source=source, dir=Path("/home/me/data")),
+    )
+    tree = portable(config)
+    assert "/" not in str(tree["data"]) + str(tree["tokenizer"]) + str(tree["init_from"])
+    assert tree["data"]["source"]["path"] == ["book.txt", "*.txt"]
+    assert tree["init_from"] == "model" and "dir" not in tree
+    assert portable(Config(init_from="org/name@abc"))["init_from"] == "org/name@abc"
 
 
 def test_a_model_without_stock_architecture_leaves_nothing(dtt: Any) -> None:

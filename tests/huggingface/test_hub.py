@@ -133,7 +133,7 @@ def test_without_the_network_the_cache_is_used(hub: Hub, monkeypatch: pytest.Mon
     asked = len(hub.requests)
     assert with_origin(Config(name="a", init_from="org/small")) == online
     assert len(hub.requests) == asked
-    with pytest.raises(CheckpointError, match=r"org/other is not on this disk"):
+    with pytest.raises(CheckpointError, match=r"no folder org/other is here, nor a download of it"):
         with_origin(Config(name="b", init_from="org/other"))
 
 
