@@ -22,6 +22,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(DEVELOPING): $(INSTALLED)
 	$(INSTALL) -e '.[dev]'
+	# For the schemas that they publish; what they would run with is not needed.
+	$(INSTALL) --no-deps kubeflow-training skypilot
 	@touch $@
 
 demo: $(INSTALLED)

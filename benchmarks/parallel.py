@@ -47,12 +47,17 @@ class Way:
     ranks: int
     parallel: Mapping[str, Any]
     micro: int | None = None
+    batch: int = BATCH
+    """Sequences of a step."""
 
 
 ONE, DDP, FSDP = "one rank", "DDP 2", "FSDP2 2"
+TWICE = ", twice the batch"
 WAYS = {
     ONE: Way(1, {}),
+    ONE + TWICE: Way(1, {}, batch=2 * BATCH),
     DDP: Way(2, {}),
+    DDP + TWICE: Way(2, {}, batch=2 * BATCH),
     FSDP: Way(2, {"shard": 2}),
     "FSDP2 2, not resharded": Way(2, {"shard": 2, "reshard": False}),
     "TP 2": Way(2, {"tensor": 2}),
@@ -62,7 +67,7 @@ WAYS = {
 
 
 def config_of(way: Way, optimizer: str, quick: bool) -> Config:
-    training = {"batch_size": BATCH, "micro_batch_size": way.micro, "device": "cpu"}
+    training = {"batch_size": way.batch, "micro_batch_size": way.micro, "device": "cpu"}
     return Config.model_validate(
         {
             "model": SMALL if quick else MODEL,
@@ -100,29 +105,32 @@ def print_ways(rounds: int, steps: int, quick: bool) -> None:
         config = config_of(way, "adamw", quick)
         return step_seconds(config, way.ranks, steps, exchange=not name.endswith(APART))
 
-    names = [n for name in WAYS for n in ((name,) if name == ONE else (name, name + APART))]
+    alone = {name for name, way in WAYS.items() if way.ranks == 1}
+    names = [n for name in WAYS for n in ((name,) if name in alone else (name, name + APART))]
     found = {name: median(seconds) for name, seconds in take_turns(names, measure, rounds).items()}
-    tokens = BATCH * config_of(WAYS[ONE], "adamw", quick).model.context
-    rows = [way_row(name, found, tokens) for name in WAYS]
+    context = config_of(WAYS[ONE], "adamw", quick).model.context
+    rows = [way_row(name, found, context) for name in WAYS]
     heads = [f"speed to {DDP}", "of linear", "of linear, no exchange", "exposed"]
     rest = ["tokens/s", "step, s", "no exchange, s"]
-    print_table([f"a step of {tokens:,} tokens", *heads, *rest], rows)
+    print_table([f"a step of {BATCH * context:,} tokens", *heads, *rest], rows)
     for name, *cells in rows:
-        if name == DDP:
+        if name.startswith(DDP):
             summarize(f"{name}: speed to twice one rank's", cells[1], "0.95x")
             summarize(f"{name}, no exchange: speed to twice one rank's", cells[2])
-        elif name != ONE:
+        elif name not in alone:
             wanted = "0.8x" if name == FSDP else "reported"
             summarize(f"{name}: speed to {DDP}", cells[0], wanted)
 
 
-def way_row(name: str, found: Mapping[str, float], tokens: int) -> list[Any]:
+def way_row(name: str, found: Mapping[str, float], context: int) -> list[Any]:
     """Return the row of one way, given the seconds of all of them."""
-    seconds, linear = found[name], found[ONE] / 2
-    if name == ONE:
+    twice, tokens = TWICE * name.endswith(TWICE), WAYS[name].batch * context
+    seconds, linear = found[name], found[ONE + twice] / 2
+    if WAYS[name].ranks == 1:
         return [name, *[None] * 4, tokens / seconds, seconds, None]
     alone = found[name + APART]
-    ratios = [ratio(found[DDP], seconds), ratio(linear, seconds), ratio(linear, alone)]
+    speed = ratio(found[DDP + twice], seconds)
+    ratios = [speed, ratio(linear, seconds), ratio(linear, alone)]
     exposed = f"{1 - alone / seconds:.0%}"
     return [name, *ratios, exposed, tokens / seconds, seconds, alone]
 

@@ -53,12 +53,12 @@ class Imports:
 def work(spec: dict[str, Any]) -> dict[str, float]:
     """Be `dtt train --world-size 4`, in which every rank writes down its moments."""
     from dtt import cli
-    from dtt.training import launch
+    from dtt.launch import elastic_nodes
     from dtt.training.step import Stepper
 
     folder, flags = Path(spec["folder"]), ["--world-size", str(RANKS), "--max-steps", str(STEPS)]
     moments: list[float] = []
-    imports, free_port, update = Imports(), launch.free_port, Stepper.update
+    imports, free_port, update = Imports(), elastic_nodes.free_port, Stepper.update
 
     def before_fork() -> int:
         imports.seconds = 0.0
@@ -72,7 +72,7 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
             found = {"moments": moments, "imports": imports.seconds}
             _file(folder, stepper.runtime.rank).write_text(json.dumps(found), encoding="utf-8")
 
-    launch.free_port, Stepper.update = before_fork, noted_update  # type: ignore[method-assign]
+    elastic_nodes.free_port, Stepper.update = before_fork, noted_update  # type: ignore[method-assign]
     os.chdir(folder)
     if code := cli.main(["train", *RUN, *flags, *spec["flags"]]):
         raise SystemExit(f"dtt train ended with {code}")

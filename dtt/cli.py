@@ -19,9 +19,11 @@ COMMANDS = {
     "data": ("Look at data: inspect, show, stats, audit.", "dtt.commands.data"),
     "tokenizer": ("Compare tokenizers on a text.", "dtt.commands.tokenizer"),
     "train": ("Train a model, or continue its run.", "dtt.commands.train"),
+    "launch": ("Start training on a cluster, and look after it.", "dtt.commands.launch"),
     "evaluate": ("Measure a run's loss on a whole split.", "dtt.commands.evaluate"),
     "generate": ("Let a run's model write.", "dtt.commands.generate"),
     "export": ("Write a run's model for transformers, proven.", "dtt.commands.export"),
+    "doctor": ("Examine this machine, or all of a launch.", "dtt.commands.doctor"),
     "verify": ("Prove that layouts of ranks train alike.", "dtt.commands.verify"),
     "config": ("Show presets, the JSON schema, the documentation.", "dtt.commands.config"),
 }
@@ -41,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     words = [word for word in argv if word != "--debug"]
     command = words[0] if words and words[0] in COMMANDS else ""
     prog = f"dtt {command}".rstrip()
+    if (
+        not debug
+    ):  # torch's C++ writes stack traces where dtt writes one line; set before its import
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = _run(command, words, debug)
         sys.stdout.flush()

@@ -6,8 +6,10 @@ Who a process is among the ranks is found by `dtt.place`.
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -16,14 +18,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtt.errors import EXIT_INTERNAL, ConfigError, DttError, OtherRankError, PeerError
+from dtt import network
+from dtt.alarm import Alarm
+from dtt.errors import (
+    EXIT_INTERNAL,
+    ConfigError,
+    DttError,
+    OtherRankError,
+    PeerError,
+    RankError,
+)
 from dtt.machine import cores, keep_freed_memory
 from dtt.place import Place as Place
 from dtt.place import find_place as find_place
+from dtt.place import find_point
+from dtt.rendezvous import Met, meet
+from dtt.room import Card
+from dtt.version import __version__
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
+FIRST = timedelta(minutes=1)
+"""For ranks that have just met to connect, and for their first collective."""
+INTERFACE = {"cpu": "GLOO_SOCKET_IFNAME", "mps": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME"}
+"""Which variable chooses the network interface."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,8 @@ class Runtime:
 
     place: Place
     device: torch.device
+    alarm: Alarm | None = None
+    """Where there are other ranks."""
 
     @property
     def rank(self) -> int:
@@ -73,32 +94,48 @@ class Runtime:
         result: T = outcome[0]
         return result
 
-    def agree(self, facts: Mapping[str, str]) -> None:
-        """Raise ConfigError, on all ranks, if a fact is not the same on every one of them."""
-        if self.ranks == 1:
-            return
-        found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, dict(facts))
-        for name in facts:
-            values = [each[name] for each in found]
-            other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-            if other is not None:
-                raise ConfigError(
-                    f"ranks differ in their {name}: {values[0]} on rank 0, {values[other]} on "
-                    f"rank {other}",
-                    "start all of them from one environment, with the same command",
-                )
+    @contextmanager
+    def sharing_failures(self) -> Iterator[None]:
+        """Tell the other ranks of an error that leaves the block, and name the rank that is lost.
+
+        All leave it together: where one rank ends with a code, as after a preemption, mpirun and
+        torchrun kill the others, which must not be before the main rank has saved.
+        LostRankError replaces what a collective raises that another rank did not come to.
+        """
+        try:
+            yield
+            if self.ranks > 1:
+                dist.barrier()
+        except Exception as error:
+            if self.alarm is None:
+                raise
+            if _is_loss(error):
+                raise self.alarm.lost() from error
+            self.alarm.ring(error)
+            raise
+        finally:
+            if self.alarm is not None:
+                self.alarm.close()
 
     def close(self) -> None:
         """Leave the process group; call before the process ends well."""
+        if self.alarm is not None:
+            self.alarm.close()
         if self.ranks > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def start(place: Place, device: str, threads: int | None) -> Runtime:
-    """Choose the device and threads of this rank and meet the others; PeerError if they stay away.
+def start(
+    place: Place,
+    device: str,
+    threads: int | None,
+    facts: Mapping[str, str] | None = None,
+    seconds: float = 300.0,
+) -> Runtime:
+    """Choose the device and threads of this rank and meet the others, for at most `seconds`.
 
-    MASTER_ADDR and MASTER_PORT say where, as torchrun, Slurm scripts and MPI scripts set them.
+    MASTER_ADDR and MASTER_PORT say where, else the launcher (`dtt.place`). PeerError if some stay
+    away; RankError if they do not fit together, as when `facts` differ.
     """
     chosen = choose_device(device, place.local_rank)
     if chosen.type == "cpu":
@@ -106,23 +143,77 @@ def start(place: Place, device: str, threads: int | None) -> Runtime:
         torch.set_num_threads(threads or max(1, cores() // place.local_ranks))
     elif chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if place.ranks > 1:
-        address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        port = os.environ.setdefault("MASTER_PORT", "29500")
-        try:
-            dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
-                rank=place.rank,
-                world_size=place.ranks,
-                timeout=TIMEOUT,
+    if place.ranks == 1:
+        return Runtime(place, chosen)
+    card = Card(
+        place.rank,
+        place.ranks,
+        facts={
+            "version of dtt": __version__,
+            "version of PyTorch": torch.__version__,
+            **(facts or {}),
+        },
+        device=str(torch.cuda.get_device_properties(chosen).uuid) if chosen.type == "cuda" else "",
+        address=_interface_address(INTERFACE[chosen.type]),
+    )
+    met = meet(place, find_point(place, os.environ), card, seconds)
+    _join(met, place, chosen)
+    return Runtime(place, chosen, Alarm(met.room, met.cards))
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _interface_address(variable: str) -> str:
+    """The address of the interface that the user has chosen; empty where the choice is ours."""
+    value = os.environ.get(variable, "")
+    if not value:
+        return ""
+    known = network.interfaces()
+    meant = network.named_interfaces(variable, value)
+    if known and not meant:
+        what = f"{variable}={value} is no interface of {socket.gethostname()}"
+        raise RankError(what, f"it has {network.shown_interfaces()}")
+    address = next((known[name][0] for name in meant if known[name]), "")
+    if known and not address:
+        what = f"{variable}={value}: {meant[0]} of {socket.gethostname()} has no address"
+        raise RankError(what, f"choose another of {network.shown_interfaces()}")
+    return address
+
+
+def _join(met: Met, place: Place, device: torch.device) -> None:
+    """Make the process group of ranks that have met, and prove that it works."""
+    variable = INTERFACE[device.type]
+    if device.type != "cuda" and not os.environ.get(variable):
+        # Gloo's own choice is what the host's name resolves to: for many that is 127.0.1.1.
+        loopback = network.LOOPBACK.get(sys.platform, "")
+        name = loopback if met.is_one_host else network.interface_of(met.cards[place.rank].address)
+        if name:
+            os.environ[variable] = name
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=met.room.store,
+            rank=place.rank,
+            world_size=place.ranks,
+            timeout=FIRST,
+        )
+        dist.all_reduce(torch.zeros(1, device=device), async_op=True).wait(FIRST)
+    except (RuntimeError, ValueError) as error:
+        # The reason of another rank, if it has left one, is the first.
+        met.room.heed()
+        reason = str(error).splitlines()[0]
+        met.room.fail(
+            PeerError(
+                f"{met.cards[place.rank]} met all others, but then could not work with them: "
+                f"{reason}",
+                f"see their messages; on a host with several networks name one in {variable} "
+                f"(here it is {os.environ.get(variable, 'not set')})",
             )
-        except (RuntimeError, ValueError) as error:
-            raise PeerError(
-                f"rank {place.rank} of {place.ranks} could not meet the others at "
-                f"{address}:{port}: {str(error).splitlines()[0]}",
-                "check that all ranks run and that MASTER_ADDR and MASTER_PORT are the same",
-            ) from error
-    return Runtime(place, chosen)
+        )
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
 
 
 def local(tensor: Tensor) -> Tensor:

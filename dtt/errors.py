@@ -32,6 +32,10 @@ class ConfigError(DttError):
     exit_code = 2
 
 
+class RankError(ConfigError):
+    """A rank does not fit to the others of its launch; it says so itself, as they may not know."""
+
+
 class DataError(DttError):
     """A text, a shard or a tokenizer cannot be used as input."""
 
@@ -62,6 +66,10 @@ class PeerError(DttError):
     exit_code = 7
 
 
+class LostRankError(PeerError):
+    """This rank is well, but has lost another one; that one's own message says more."""
+
+
 class BusyError(DttError):
     """Another process is writing to the same run folder."""
 
@@ -74,3 +82,9 @@ class OtherRankError(DttError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another rank failed")
         self.exit_code = exit_code
+
+
+class NoProgressError(DttError):
+    """A run was restarted several times and made no new checkpoint; trying again will not help."""
+
+    exit_code = 76

@@ -1,9 +1,10 @@
-"""What the machine gives this process: cores, and how the C library hands out memory."""
+"""What the machine gives this process: cores, ports, how the C library hands out memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -31,3 +32,10 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

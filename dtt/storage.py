@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dtt.errors import BusyError, ConfigError, StorageError
 
@@ -49,10 +49,14 @@ LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class Written(NamedTuple):
-    """What reached the disk: bytes, and the SHA-256 of them in hexadecimal."""
+    """What reached the disk: bytes, and their hash in hexadecimal."""
 
     size: int
-    sha256: str
+    digest: str
+
+
+Hashing = Callable[[], Any]
+"""Makes a hash as hashlib's are: with `update` and `hexdigest`."""
 
 
 @contextlib.contextmanager
@@ -96,14 +100,18 @@ def make_folder(path: Path) -> None:
 
 
 def write_stream(
-    path: Path, chunks: Iterable[bytes | memoryview], *, final: Path | None = None
+    path: Path,
+    chunks: Iterable[bytes | memoryview],
+    *,
+    final: Path | None = None,
+    hashing: Hashing = hashlib.sha256,
 ) -> Written:
     """Write a new file from flat byte buffers, synced, hashed as it is written in one pass.
 
     `path` must not exist, and its name is durable only after `sync_folder(path.parent)`. Errors
     name `final` where this is only its temporary file.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, size = hashing(), 0
     with storage_errors(final or path):
         failpoint("storage.open", file=path)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -165,16 +173,18 @@ def remove(path: Path) -> None:
         path.rmdir()
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal; memory use does not depend on its size."""
-    digest = hashlib.sha256()
+def file_digest(path: Path, hashing: Hashing = hashlib.sha256) -> str:
+    """Return the hash of a file in hexadecimal; memory use does not depend on its size."""
+    digest = hashing()
     with storage_errors(path, "read"):
         file = os.open(path, os.O_RDONLY)
         try:
-            left = os.fstat(file).st_size  # so that small files need no second read, for their end
-            while left > 0 and (block := os.read(file, min(left, BLOCK))):
-                digest.update(block)
-                left -= len(block)
+            left = os.fstat(file).st_size
+            # Not a whole block for each of a thousand small files, nor a second read for its end.
+            buffer = memoryview(bytearray(min(left, BLOCK)))
+            while left > 0 and (count := os.readv(file, [buffer])):
+                digest.update(buffer[:count])
+                left -= count
         finally:
             os.close(file)
     return digest.hexdigest()

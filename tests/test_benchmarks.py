@@ -13,6 +13,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.thorough
 NAMES = ("shapes", "reference", "table", "train_step", "ranks", "generate", "quality", "tokenizing")
 
 

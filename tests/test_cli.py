@@ -157,7 +157,7 @@ def test_config_command(dtt: Run) -> None:
 
 
 def test_train_calls_the_launcher(dtt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stub(monkeypatch, "dtt.training.launch", "launch_training")
+    calls = stub(monkeypatch, "dtt.launch.training", "launch_training")
     assert dtt("train", "--max-steps", "3", "--resume", "runs/a", "--fresh")[0] == 0
     assert (calls["resume"], calls["fresh"]) == (Path("runs/a"), True)
     assert calls["args"][0].training.max_steps == 3

@@ -112,19 +112,3 @@ def test_choose_precision() -> None:
             assert choose_precision("auto", CPU)[0] == dtype
     with pytest.raises(ConfigError, match="fp16 on a CPU"):
         choose_precision("fp16", CPU)
-
-
-def test_ranks_that_differ_are_told_in_what() -> None:
-    runtime = Runtime(Place(0, 3), CPU)
-
-    def gather(found: list[dict[str, str]], mine: dict[str, str]) -> None:
-        found[:] = [mine, mine, mine | {"version of dtt": "0.9"}]
-
-    with patch("torch.distributed.all_gather_object", gather):
-        runtime.agree({"configuration": "ab"})
-        with pytest.raises(ConfigError) as error:
-            runtime.agree({"configuration": "ab", "version of dtt": "1.0"})
-    assert error.value.what == (
-        "ranks differ in their version of dtt: 1.0 on rank 0, 0.9 on rank 2"
-    )
-    Runtime(Place(), CPU).agree({"configuration": "ab"})  # nobody to ask

@@ -52,7 +52,7 @@ def test_stream_is_hashed_as_written(tmp_path: Path, size: int) -> None:
     written = storage.write_stream(tmp_path / "f", [data[:3], memoryview(data)[3:]])
     assert (tmp_path / "f").read_bytes() == data
     assert written == (size, hashlib.sha256(data).hexdigest())
-    assert storage.sha256(tmp_path / "f") == written.sha256
+    assert storage.file_digest(tmp_path / "f") == written.digest
 
 
 def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_errors_name_path_reason_and_remedy(tmp_path: Path) -> None:
         lambda: storage.make_folder(tmp_path / "file"),
         lambda: storage.make_folder(tmp_path / "file" / "below"),
         lambda: storage.write_atomic(tmp_path / "absent" / "f", b""),
-        lambda: storage.sha256(tmp_path / "absent"),
+        lambda: storage.file_digest(tmp_path / "absent"),
         lambda: storage.write_stream(tmp_path / "file", [b""]),
     ):
         with pytest.raises(StorageError) as caught:

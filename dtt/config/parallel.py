@@ -22,6 +22,9 @@ class Parallel(Section):
 
     world_size: int = Field(1, gt=0)
     """Workers to start on this machine; under torchrun, Slurm or MPI their number holds instead."""
+    restarts: int = Field(3, ge=0)
+    """How often workers that were lost (killed, or their node) are started again from the last
+    checkpoint; a new checkpoint makes the count begin anew. 0: never, the run ends at the first."""
     replicate: Axis | None = None
     """Ranks with copies of what the others have divided; null: those that no other axis takes."""
     shard: Axis = 1
@@ -43,6 +46,9 @@ class Parallel(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
     """With pipeline: the order of forwards and backwards; interleaved and zero-bubble give each
     rank two stages."""
+
+    rendezvous_timeout: float = Field(300.0, gt=0)
+    """Seconds for all ranks to come together at the start; then those that came name the others."""
 
     @model_validator(mode="after")
     def _axes_fit(self) -> Parallel:

@@ -67,6 +67,21 @@ _Dumper.add_representer(
 )
 
 
+class _ManifestDumper(_Dumper):
+    """A text of several lines stands on several lines; a list has a line for each item."""
+
+
+_ManifestDumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, "|" if "\n" in text else None
+    ),
+)
+_ManifestDumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, False)
+)
+
+
 def read_yaml(path: Path, name: str) -> YamlText:
     """Read a file of sections; ConfigError names it `name` and says on which line it is wrong.
 
@@ -114,6 +129,13 @@ def write_yaml(tree: Tree) -> str:
     """YAML text of plain values that parse_yaml reads back equal; a list stands on one line, one of
     sections on several."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def write_manifest(tree: Tree) -> str:
+    """YAML text of plain values for other programs, whichever YAML they read, and for people."""
+    return yaml.dump(
+        tree, Dumper=_ManifestDumper, sort_keys=False, allow_unicode=True, width=10_000
+    )
 
 
 def _convert(node: yaml.Node, at: Key, loader: _Loader, lines: dict[Key, int], name: str) -> Any:

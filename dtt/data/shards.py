@@ -127,8 +127,8 @@ def write_shard(
         file=file,
         tokens=len(tokens),
         documents=len(document_ends),
-        sha256=written.sha256,
-        docs_sha256=ends.sha256,
+        sha256=written.digest,
+        docs_sha256=ends.digest,
         **figures,
     )
 
@@ -221,7 +221,7 @@ class TokenStream:
             return
         for shard in self.manifest.shards[self.split]:
             path = self.folder / shard.file
-            if storage.sha256(path) != shard.sha256:
+            if storage.file_digest(path) != shard.sha256:
                 raise DataError(
                     f"{path} is damaged: its SHA-256 is not the manifest's",
                     "run the same `dtt tokenize` with --force",
@@ -305,7 +305,7 @@ class DocumentIndex:
         if most is not None and self._starts[-1] > most:
             return
         for shard in dict.fromkeys(self._shards):
-            if storage.sha256(self._path(shard)) != shard.docs_sha256:
+            if storage.file_digest(self._path(shard)) != shard.docs_sha256:
                 raise self._damaged(shard, "its SHA-256 is not the manifest's")
 
     def _end(self, number: int) -> int:

@@ -79,7 +79,9 @@ class StdlibReader:
         return len(self.files)
 
     def fingerprint(self) -> dict[str, Any]:
-        names = [[Path(name).name, size, storage.sha256(Path(name))] for name, size in self.files]
+        names = [
+            [Path(name).name, size, storage.file_digest(Path(name))] for name, size in self.files
+        ]
         return {"name": "stdlib", "files": hashlib.sha256(repr(names).encode()).hexdigest()}
 
     def parts(self, tail: float) -> list[Part]:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from re import compile as regex
 from typing import Any
 
+from blake3 import blake3
 from torch import Tensor
 
 from dtt import storage
@@ -288,13 +289,15 @@ class Checkpoints:
             }
         for name, data in job.files.items():
             storage.make_folder((work / name).parent)
-            files[name] = storage.write_stream(work / name, [data])
+            files[name] = storage.write_stream(work / name, [data], hashing=blake3)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "dtt": __version__,
             "step": job.step,
             "best_loss": job.best_loss,
-            "files": {name: written._asdict() for name, written in sorted(files.items())},
+            "files": {
+                n: {"size": size, "blake3": found} for n, (size, found) in sorted(files.items())
+            },
             "tensors": tensors,
         }
         failpoint("checkpoint.manifest", step=job.step, file=work)

@@ -105,37 +105,38 @@ def fit(run: Run) -> TrainState:
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
     first = state.step + 1
-    with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
-        while state.step < run.steps:
-            stop = preemption.requested is not None
-            result = run.stepper.step(next(batches), state.step, stop)
-            factor = learning_rate(run.config.schedule, state.step, run.steps)
-            tokens = state.tokens + result.tokens
-            readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
-            run.stepper.update(factor)
-            state.step, state.tokens = state.step + 1, tokens
-            run.meter.add(result.tokens)
-            if state.step == first:
-                run.reserve()  # the optimizer has its state from now on
-            run.reporter.advance(state.step)
-            if run.profiler is not None:
-                run.profiler.step()
-            if due.log(state.step):
-                _log(run, readings)
-            best = _validate(run, readings) if due.evaluate(state.step) else None
-            if due.sample(state.step):
-                _sample(run)
-            run.checkpoints.poll()
-            if due.checkpoint(state.step) or best is not None or readings.stop:
-                readings.drain()
-                with run.pause():
-                    _refuse_bad_weights(run)
-                    run.save(best)
-            if readings.stop:
-                break
-    if run.profiler is not None:
-        run.profiler.close()
-    run.checkpoints.finish()
+    with Preemption() as preemption:
+        with run.reporter.bar(state.step), contextlib.closing(batches):
+            while state.step < run.steps:
+                stop = preemption.requested is not None
+                result = run.stepper.step(next(batches), state.step, stop)
+                factor = learning_rate(run.config.schedule, state.step, run.steps)
+                tokens = state.tokens + result.tokens
+                readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
+                run.stepper.update(factor)
+                state.step, state.tokens = state.step + 1, tokens
+                run.meter.add(result.tokens)
+                if state.step == first:
+                    run.reserve()  # the optimizer has its state from now on
+                run.reporter.advance(state.step)
+                if run.profiler is not None:
+                    run.profiler.step()
+                if due.log(state.step):
+                    _log(run, readings)
+                best = _validate(run, readings) if due.evaluate(state.step) else None
+                if due.sample(state.step):
+                    _sample(run)
+                run.checkpoints.poll()
+                if due.checkpoint(state.step) or best is not None or readings.stop:
+                    readings.drain()
+                    with run.pause():
+                        _refuse_bad_weights(run)
+                        run.save(best)
+                if readings.stop:
+                    break
+        if run.profiler is not None:
+            run.profiler.close()
+        run.checkpoints.finish()  # a second signal must not end a save
     return state
 
 

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00000400/ holds one safetensors file per tensor group (one per rank, where
 ranks divide the model), state.json, further files (config.yaml, the tokenizer) and manifest.json,
-which has size and SHA-256 of each.
+which has size and BLAKE3 hash of each.
 Nothing here can execute code: safetensors and JSON only. The files `last` and `best` beside the
 folders are for people; the folders themselves are the truth, so a wrong pointer cannot mislead.
 """
@@ -21,18 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.machine import cores
 from dtt.parallel.part import Part
-from dtt.storage import sha256, storage_errors
+from dtt.storage import file_digest, storage_errors
 from dtt.training.snapshot import digest
 from dtt.training.stored import StoredTensors
 from dtt.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout; a reader refuses every other."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -154,9 +155,10 @@ def _contents(
                 large.append(name)
                 continue
             contents[name] = file.read_bytes()
-        _compare(path, name, entry, hashlib.sha256(contents[name]).hexdigest())
+        _compare(path, name, entry, blake3(contents[name]).hexdigest())
     if hashed:
-        with ThreadPoolExecutor(min(len(large), cores()) or 1) as pool:
+        # More of them than cores, since they wait for the disk, too.
+        with ThreadPoolExecutor(min(len(large), 2 * cores()) or 1) as pool:
             for name, found in zip(large, pool.map(lambda n: _hash(path, n), large), strict=True):
                 _compare(path, name, manifest["files"][name], found)
     return contents, {group: StoredTensors(files) for group, files in opened.items()}
@@ -174,12 +176,12 @@ def _damage(path: Path, name: str) -> Iterator[None]:
 
 def _hash(path: Path, name: str) -> str:
     with _damage(path, name):
-        return sha256(_member(path, name))
+        return file_digest(_member(path, name), blake3)
 
 
 def _compare(path: Path, name: str, entry: dict[str, Any], found: str) -> None:
-    if found != entry["sha256"]:
-        raise _damaged(path, name, "its SHA-256 is not the manifest's")
+    if found != entry["blake3"]:
+        raise _damaged(path, name, "its hash is not the manifest's")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dtt.errors import CheckpointError
@@ -130,7 +131,7 @@ def write_tensors(path: Path, group: Group) -> tuple[Written, Rows]:
             sums[name] = _bit_sum(tensor)
             yield tensor.view(torch.uint8).numpy().data
 
-    written = write_stream(path, chunks())
+    written = write_stream(path, chunks(), hashing=blake3)
     rows = {}
     for name, tensor in group.tensors.items():
         shape = group.parts[name].shape if name in group.parts else tensor.shape
@@ -143,7 +144,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of names, types, shapes and every bit of the values; cheap (GB/s).
 
     Values enter as the sum of their bits read as integers, so the parts of a sharded tensor add
-    up to the digest of the whole. It finds damage, not forgery: that is what SHA-256 is for.
+    up to the digest of the whole. It finds damage, not forgery, which a file's hash is for.
     """
     rows = {n: _row(t, list(t.shape), _bit_sum(t.detach().cpu())) for n, t in tensors.items()}
     return digest_of([rows])

@@ -25,11 +25,11 @@ from dtt.config.schema import Config
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as meet
 from dtt.errors import PeerError
+from dtt.machine import free_port
 from dtt.parallel.layout import resolve
 from dtt.parallel.part import Part
 from dtt.precision import choose_precision
 from dtt.training.build import build_model, build_stepper, load_optimizer
-from dtt.training.launch import free_port
 from dtt.verification import cases as sizes
 from dtt.verification.cases import Case, batch, small
 

@@ -318,7 +318,7 @@ def test_document_ends(tmp_path):
     ends = np.fromfile(path.with_suffix(".docs"), "<u8")
     all_tokens = np.fromfile(path, "<u2")
     assert (np.flatnonzero(all_tokens == 256) + 1 == ends).all()
-    assert storage.sha256(path) == shard.sha256
+    assert storage.file_digest(path) == shard.sha256
 
 
 def test_parts_of_another_size_are_not_mixed(tmp_path, monkeypatch):

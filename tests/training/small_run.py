@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dtt import cli
 from dtt.config.load import load_config
 from dtt.config.schema import Config
 from dtt.data.loader import Batch
 from dtt.data.windows import IGNORED
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as connect
+from dtt.launch import elastic, elastic_agent
 from dtt.parallel.layout import resolve
-from dtt.training import build, launch
+from dtt.training import build
 from dtt.training.saved import open_checkpoint
 from dtt.training.step import Stepper, StepResult
 
 WORDS = ("the", "a", "cat", "dog", "bird", "saw", "heard", "ran", "to", "from", "big", "small")
 STEPS = 24
-PRELOADED = ["dtt.training.launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
+PRELOADED = ["dtt.launch.elastic_launch", "torch._dynamo", "matplotlib.pyplot", "small_run"]
 SETTINGS = {
     "name": "small",
     "tokenizer.name": "char",
@@ -68,6 +71,14 @@ class Done:
     err: str
 
 
+@dataclass(frozen=True)
+class Machine:
+    """One of several machines of a run: its name, and torchrun's arguments for its launcher."""
+
+    name: str
+    words: tuple[str, ...]
+
+
 def write_text(path: Path, seed: int = 0, characters: int = 8000) -> None:
     """Write seeded words, a line for every ten."""
     draw = random.Random(seed)
@@ -94,15 +105,19 @@ def start(
     environ: dict[str, str] | None = None,
     die: tuple[int, int] | None = None,
     slow: float = 0.0,
-    grace: float = launch.GRACE,
+    grace: float = elastic_agent.GRACE,
+    machine: Machine | None = None,
 ) -> Any:
     """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step.
 
-    `grace` is how many seconds workers have to end when another one has died.
+    That step is counted from the rank's start, and only its first start dies. `grace` is how many
+    seconds workers have to end when another one has died. On a `machine` it is the launcher of
+    that machine's workers that is started; its output is in a folder of the machine's name.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_main, args=(folder, argv, environ or {}, die, slow, grace))
+    arguments = (folder, argv, environ or {}, die, slow, grace, machine)
+    process = context.Process(target=_main, args=arguments)
     process.start()
     return process
 
@@ -132,12 +147,14 @@ def _main(
     die: tuple[int, int] | None,
     slow: float,
     grace: float,
+    machine: Machine | None,
 ) -> None:
-    from dtt.cli import main
-
-    launch.GRACE = grace
-
+    elastic_agent.GRACE = grace
+    os.setpgrp()  # a group of its own, to be sent what a terminal sends
     os.chdir(folder)
+    if machine is not None:
+        folder = folder / machine.name
+        folder.mkdir(exist_ok=True)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(environ)
@@ -146,15 +163,16 @@ def _main(
 
     def update(self: Stepper, factor: float) -> None:
         steps[0] += 1
-        if die is not None and (self.runtime.rank, steps[0]) == die:
+        if die is not None and (self.runtime.rank, steps[0]) == die and not died.exists():
+            died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if slow:
             signal.sigtimedwait([], slow)
         whole(self, factor)
 
-    steps = [0]
+    steps, died = [0], folder / f"died-{os.getpid()}"
     Stepper.update = update  # type: ignore[method-assign]
-    code = main(argv)
+    code = cli.main(argv) if machine is None else elastic.main([*machine.words, *argv])
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -231,6 +249,28 @@ def losses(run: Path) -> dict[int, float]:
             assert row["step"] not in found, f"step {row['step']} has two lines"
             found[row["step"]] = row["loss"]
     return found
+
+
+def samples(run: Path) -> dict[int, int]:
+    """The ledger of metrics.jsonl: what identifies the samples of every step."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row["samples"] for row in rows if "samples" in row}
+
+
+def await_step(run: Path, step: int, seconds: float = 60) -> None:
+    """Wait until a run has written the figures of a step; `logging.every` says how soon it does."""
+    deadline, path = time.monotonic() + seconds, run / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and f'{{"step": {step},' in path.read_text(encoding="utf-8"):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} after {seconds} s")
+
+
+def children(process: Any) -> list[int]:
+    """The processes that a started command has forked, in the order of their ranks."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in path.read_text(encoding="utf-8").split()]
 
 
 def final_tensors(run: Path, which: str = "last") -> dict[str, Tensor]:

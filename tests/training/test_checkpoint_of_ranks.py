@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from small_run import (
     Done,
     assert_same_run,
@@ -30,6 +31,7 @@ RUN = Path("runs/small")
 TENSOR = {
     "parallel.world_size": "2",
     "parallel.tensor": "2",
+    "parallel.restarts": "0",
     "training.max_steps": "16",
     "evaluation.every": "0",
     "checkpoint.keep": "9",
@@ -79,7 +81,7 @@ def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(
     folder: Path, whole: Path, failpoint: str, dead: int
 ) -> None:
     done = train(folder, failpoint, grace=1.0)
-    assert done.code == 7 and f"rank {dead} of 2 died by SIGKILL; the same command" in done.err
+    assert done.code == 7 and f"rank {dead} died by SIGKILL; the same command" in done.err
     assert saved_steps() == [4] and open_checkpoint(RUN, "last").step == 4
     assert list((RUN / "checkpoints").glob("step-00000008.*.tmp"))
     assert len(final_tensors(RUN)) > 20  # and they are those that were saved
@@ -160,7 +162,7 @@ def test_what_ranks_have_written_is_collected_once(tmp_path: Path) -> None:
         for group, (name, written, _) in report.files.items():
             assert name == f"{group}-{rank:05d}-of-00003.safetensors"
             assert written.size == (tmp_path / name).stat().st_size
-            assert written.sha256 == storage.sha256(tmp_path / name)
+            assert written.digest == storage.file_digest(tmp_path / name, blake3)
     assert len(reports) == 2 and not list(tmp_path.glob("*.json"))
 
 

@@ -17,6 +17,8 @@ from small_run import (
     STEPS,
     Done,
     assert_same_run,
+    await_step,
+    children,
     command,
     final_tensors,
     flags,
@@ -53,22 +55,12 @@ def in_process(capsys: pytest.CaptureFixture[str], *words: str, **changes: str) 
     return Done(code, streams.out, streams.err)
 
 
-def await_step(run: Path, step: int, seconds: float = 30) -> None:
-    """Wait until a run has written the figures of a step."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        path = run / "metrics.jsonl"
-        if path.exists() and f'{{"step": {step},' in path.read_text(encoding="utf-8"):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step} after {seconds} s")
-
-
 @pytest.mark.parametrize(("ranks", "seed"), [(1, 0), (1, 1), (2, 2), (2, 3)])
 def test_killed_at_random_steps(
     folder: Path, uninterrupted: Uninterrupted, ranks: int, seed: int
 ) -> None:
-    draw, changes = random.Random(seed), {"parallel.world_size": str(ranks)}
+    changes = {"parallel.world_size": str(ranks), "parallel.restarts": "0"}
+    draw = random.Random(seed)
     for _ in range(3):
         done = train(folder, changes, die=(draw.randrange(ranks), draw.randint(5, 8)), slow=0.03)
         assert done.code == (-signal.SIGKILL if ranks == 1 else 7)
@@ -127,7 +119,8 @@ MIXTURE = """data:
 def test_killed_with_a_mixture_of_packed_documents(folder: Path, ranks: str) -> None:
     (folder / "mixture.yaml").write_text(MIXTURE, encoding="utf-8")
     gone = {"data.source.name": None, "data.source.path": None}
-    words = ["train", "-c", "mixture.yaml", *flags(gone | {"parallel.world_size": ranks})]
+    changes = gone | {"parallel.world_size": ranks, "parallel.restarts": "0"}
+    words = ["train", "-c", "mixture.yaml", *flags(changes)]
     assert command(folder, [*words, "--name", "whole"]).code == 0
     for stop in (5, 9):
         assert command(folder, words, die=(0, stop), slow=0.03).code in (-signal.SIGKILL, 7)
@@ -201,8 +194,7 @@ def test_a_signal_to_one_rank_stops_all(folder: Path, uninterrupted: Uninterrupt
     changes: dict[str, str | None] = {"parallel.world_size": "2", "logging.every": "1"}
     process = start(folder, ["train", *flags(changes)], slow=0.03)
     await_step(RUN, 6)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGTERM)
+    os.kill(children(process)[1], signal.SIGTERM)
     done = wait(process, folder)
     assert (done.code, done.err) == (75, "")
     assert train(folder, changes).code == 0

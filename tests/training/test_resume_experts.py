@@ -20,6 +20,7 @@ def test_killed_with_experts(folder: Path, balance: str, ranks: str) -> None:
         "model.experts.balance": balance,
         "model.experts.bias_rate": "0.05",
         "parallel.world_size": ranks,
+        "parallel.restarts": "0",
     }
     words = ["train", *flags(changes)]
     assert command(folder, ["train", *flags(changes | {"name": "whole"})]).code == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from small_run import STEPS, command, final_tensors, flags, losses
 
 from dtt import storage
@@ -304,8 +304,8 @@ def rewrite_manifest(
     for name, data in (("model.safetensors", model), ("config.yaml", config)):
         if data is not None:
             Path(NEWEST, name).write_bytes(data)
-            digest = hashlib.sha256(data).hexdigest()
-            manifest["files"][name] = {"size": len(data), "sha256": digest}
+            digest = blake3(data).hexdigest()
+            manifest["files"][name] = {"size": len(data), "blake3": digest}
     Path(NEWEST, "manifest.json").write_bytes(seal(manifest))
 
 
@@ -345,8 +345,8 @@ def test_a_damaged_checkpoint_by_name(
 
 @pytest.mark.parametrize("words", list(COMMANDS.values()), ids=list(COMMANDS))
 def test_another_version_of_the_format(finished: Path, dtt: Dtt, words: list[str]) -> None:
-    rewrite_manifest(format=3, dtt="9.9")
-    facts = ("format version 3", "written by dtt 9.9", "reads version 2", "use dtt 9.9")
+    rewrite_manifest(format=4, dtt="9.9")
+    facts = ("format version 4", "written by dtt 9.9", "reads version 3", "use dtt 9.9")
     assert_one_line(dtt(*words), 4, *facts)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from toy_run import (
     CONTENT,
     assert_whole,
@@ -149,8 +150,8 @@ def test_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
     if name == "model.safetensors":
         # As an attacker would: with sizes and hashes that agree.
         manifest = json.loads((inside / "manifest.json").read_text())
-        size, hexadecimal = (inside / name).stat().st_size, storage.sha256(inside / name)
-        manifest["files"][name] = {"size": size, "sha256": hexadecimal}
+        size, digest = (inside / name).stat().st_size, storage.file_digest(inside / name, blake3)
+        manifest["files"][name] = {"size": size, "blake3": digest}
         (inside / "manifest.json").write_bytes(saved.seal(manifest))
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             open_checkpoint(tmp_path / "run")
@@ -160,10 +161,10 @@ def test_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 3, "dtt": "9.0"},
+        {"format": 4, "dtt": "9.0"},
         {"files": None},
-        {"files": {"../../outside": {"size": 1, "sha256": ""}}},
-        {"files": {"/etc/passwd": {"size": 1, "sha256": ""}}},
+        {"files": {"../../outside": {"size": 1, "blake3": ""}}},
+        {"files": {"/etc/passwd": {"size": 1, "blake3": ""}}},
         {"tensors": []},
         {"tensors": {"model": {}}},
         {"files": {"state.json": 3}},
@@ -178,8 +179,8 @@ def test_manifest_of_another_version_or_made_up(tmp_path: Path, change: dict[str
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path)
     if "format" in change:
-        assert "version 3, written by dtt 9.0" in str(caught.value)
-        assert "reads version 2" in str(caught.value)
+        assert "version 4, written by dtt 9.0" in str(caught.value)
+        assert "reads version 3" in str(caught.value)
 
 
 def test_stays_readable_when_deleted(tmp_path: Path) -> None:

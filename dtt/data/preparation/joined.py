@@ -87,12 +87,12 @@ def shared_tokenizer(
             scratch=folder,
         )
         written = storage.write_atomic(path, made.to_json())
-        storage.write_atomic(digest_path, written.sha256)
+        storage.write_atomic(digest_path, written.digest)
         crew.forget()
 
     def is_made() -> bool:
         try:
-            return storage.sha256(path) == digest_path.read_text(encoding="ascii")
+            return storage.file_digest(path) == digest_path.read_text(encoding="ascii")
         except (OSError, ValueError, StorageError):
             return False
 

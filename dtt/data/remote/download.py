@@ -134,7 +134,7 @@ def _remove_damaged(selection: Selection) -> None:
     """Read every finished file again, and remove those that are not what was recorded."""
     for file in selection.files:
         record = file.record()
-        if record is not None and storage.sha256(file.path) != record.sha256:
+        if record is not None and storage.file_digest(file.path) != record.sha256:
             note(f"{file.path}: damaged since it was downloaded; it is downloaded again")
             storage.remove(file.path)
             storage.remove(beside(file.path, "json"))
@@ -164,7 +164,7 @@ def _write_text(config: Config, output: Path | None) -> None:
     storage.make_folder(path.parent)
     written = storage.write_stream_atomic(path, chunks())
     what = "1 document" if count == 1 else f"{count:,} documents"
-    print(f"{path}: {what}, {written.size:,} bytes, sha256 {written.sha256[:16]}")
+    print(f"{path}: {what}, {written.size:,} bytes, sha256 {written.digest[:16]}")
     apart = f" --data.source.separator {SEPARATOR!r}" if count > 1 else ""
     print(f"  dtt train --data-path {path}{apart}")
 

@@ -62,7 +62,7 @@ class RemoteReader:
     def fingerprint(self) -> dict[str, Any]:
         identity = _identity(self.settings, self.files)
         if self._sample is not None:  # read by ranges, perhaps, of files that are not here
-            identity["files"] = storage.sha256(self._sample)
+            identity["files"] = storage.file_digest(self._sample)
         return {"name": self.settings.name, **identity}
 
     def parts(self, tail: float) -> list[Part]:

@@ -1,0 +1,130 @@
+"""The launcher of a machine's workers, from a configuration or from torchrun's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed.run as torchrun
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.launcher.api import LaunchConfig
+
+from dtt.config.load import named
+from dtt.errors import ConfigError, PeerError
+from dtt.launch.arguments import train_parser
+from dtt.launch.elastic_agent import ENVIRONMENT, Agent, Unlogged, say
+from dtt.launch.elastic_nodes import SETTINGS, OneMachine
+from dtt.launch.elastic_worker import Task, work
+from dtt.training.launch import require_layout
+
+PORT = 29400
+"""Where the machines meet if --rdzv-endpoint or --master-port does not say it."""
+ROLE = "default_role"
+
+
+def train_here(task: Task) -> int:
+    """Train with workers on this machine and return the exit code."""
+    parallel = task.config.parallel
+    spec = WorkerSpec(
+        role=ROLE,
+        local_world_size=parallel.world_size,
+        rdzv_handler=OneMachine(),
+        entrypoint=work,
+        max_restarts=parallel.restarts,
+    )
+    return Agent(spec, Unlogged(), task).train()
+
+
+def train_on_nodes(argv: Sequence[str]) -> int:
+    """Be the launcher of one machine of a run, from torchrun's arguments; return the exit code."""
+    os.environ.update(ENVIRONMENT)
+    options = _parse(argv)
+    task = _task(options)
+    if options.max_restarts is None:
+        options.max_restarts = task.config.parallel.restarts
+    try:
+        launch, _, _ = torchrun.config_from_args(options)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"launcher: {error}", "see torchrun --help") from error
+    require_layout(task.config, launch.max_nodes * launch.nproc_per_node)
+    logged = options.log_dir or options.redirects != "0" or options.tee != "0"
+    logs: Any = launch.logs_specs if logged else Unlogged()
+    return Agent(_spec(launch), logs, task, launch.max_nodes, launch.rdzv_endpoint).train()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read torchrun's arguments; machines that are given by --master-addr meet there as well."""
+    parser = torchrun.get_args_parser()
+    parser.prog = "python -m dtt.launch.elastic"
+    parser.set_defaults(max_restarts=None)
+    options = parser.parse_args(list(argv))
+    if options.nnodes == "1" and not options.rdzv_endpoint:
+        options.standalone = True
+    if options.rdzv_backend == "static":
+        options.rdzv_backend = "c10d"
+        if not options.rdzv_endpoint:
+            options.rdzv_endpoint = f"{options.master_addr}:{options.master_port or PORT}"
+            # A name of this machine that does not lead to it would have all wait for the first.
+            host = f"is_host={int(options.node_rank == 0)}"
+            options.rdzv_conf = ",".join(filter(None, (options.rdzv_conf, host)))
+    return options
+
+
+def _task(options: argparse.Namespace) -> Task:
+    words = options.training_script_args
+    if not options.module or options.training_script not in ("dtt", "dtt.main") or not words:
+        raise ConfigError(
+            "the launcher starts `-m dtt train ...` and nothing else", "use torchrun for the rest"
+        )
+    if words[0] != "train":
+        raise ConfigError(f"`dtt {words[0]}` needs no ranks that restart", "use torchrun for it")
+    parser = train_parser()
+    given = parser.parse(words[1:])
+    return Task(named(parser.config(given)), given.resume, given.fresh)
+
+
+def _spec(launch: LaunchConfig) -> WorkerSpec:
+    return WorkerSpec(
+        role=launch.role,
+        local_world_size=launch.nproc_per_node,
+        rdzv_handler=_meeting(launch),
+        entrypoint=work,
+        max_restarts=launch.max_restarts,
+        local_addr=launch.local_addr,
+        numa_options=launch.numa_options,
+        virtual_local_rank=launch.virtual_local_rank,
+    )
+
+
+def _meeting(launch: LaunchConfig) -> Any:
+    if launch.max_nodes == 1 and "localhost:0" in launch.rdzv_endpoint:
+        return OneMachine()
+    parameters = RendezvousParameters(
+        backend=launch.rdzv_backend,
+        endpoint=launch.rdzv_endpoint,
+        run_id=launch.run_id,
+        min_nodes=launch.min_nodes,
+        max_nodes=launch.max_nodes,
+        local_addr=launch.local_addr,
+        **(SETTINGS | launch.rdzv_configs),
+    )
+    deadline = time.monotonic() + float(parameters.config["join_timeout"])
+    waits = False
+    while True:
+        try:
+            return get_rendezvous_handler(parameters)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            if time.monotonic() > deadline:
+                raise PeerError(
+                    f"the machines cannot meet at {launch.rdzv_endpoint}: {reason}",
+                    "start the launcher on that machine, too, and look at its firewall",
+                ) from error
+        if not waits:
+            say(f"waiting for {launch.rdzv_endpoint}, where the machines of this run meet")
+            waits = True

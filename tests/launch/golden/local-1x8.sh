@@ -1,0 +1,1 @@
+/opt/dtt/bin/python -m dtt train -c tiny --world-size 8

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+cd '/home/ann/my work' || exit 2
+export NCCL_SOCKET_IFNAME=eth1
+MASTER_ADDR="$(sed -n -E '/^[[:space:]]*(#|$)/!{s/^[[:space:]]*([^[:space:]:]+).*/\1/p;q;}' hosts)"
+MASTER_PORT=29500
+export MASTER_ADDR MASTER_PORT
+set -m # mpirun has a process group of its own, so that Ctrl-C does not reach it
+mpirun -n 32 \
+  -ppn 8 \
+  -f hosts \
+  -genvlist MASTER_ADDR,MASTER_PORT,NCCL_SOCKET_IFNAME \
+  /opt/dtt/bin/python -m dtt train \
+  -c gpt2-124m \
+  -b 512 </dev/null &
+mpirun=$!
+set +m
+asked=0
+# shellcheck disable=SC2317,SC2329 # the trap calls it
+stop() {
+  # Open MPI kills its ranks when it gets SIGTERM; SIGUSR1 goes through to them, and they save.
+  asked=$((asked + 1))
+  if [ "$asked" = 1 ]; then kill -s USR1 "$mpirun"; else kill -s TERM "$mpirun"; fi
+}
+trap stop INT TERM HUP USR1
+while kill -0 "$mpirun" 2>/dev/null; do wait "$mpirun"; done
+wait "$mpirun"
