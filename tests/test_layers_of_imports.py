@@ -34,6 +34,7 @@ ROWS = {
     "dtt.optim": 2,
     "dtt.metrics": 2,
     "dtt.parallel": 3,
+    "dtt.huggingface": 4,
     "dtt.training": 4,
     "dtt.evaluation": 4,
     "dtt.generation": 4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtt.config.flags import ConfigParser
 from dtt.config.load import load_config, to_yaml
-from dtt.errors import ConfigError
+from dtt.errors import DttError
 
 DESCRIPTION = """Examine this machine in under a minute: is it fit to train, and if not, what helps?
 
@@ -31,7 +31,11 @@ def run(argv: list[str]) -> int:
     config, error = load_config(), None
     try:
         config = parser.config(options)
-    except ConfigError as problem:
+        if config.init_from is not None:
+            from dtt.huggingface.origin import with_origin
+
+            config = with_origin(config)
+    except DttError as problem:
         error = problem
     if options.print_config:
         if error is not None:

@@ -196,7 +196,12 @@ def _job(name: str, config: Config, options: argparse.Namespace, arguments: list
 
 
 def _check_layout(config: Config, job: Job) -> None:
-    """Raise ConfigError if the model or the batch cannot be divided among the job's ranks."""
+    """Raise ConfigError if the model or the batch cannot be divided among the job's ranks.
+
+    With init_from the model is one that perhaps only the job's machines have: they look.
+    """
+    if config.init_from is not None:
+        return
     from dtt.parallel.layout import resolve
     from dtt.training.batching import divide
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from dtt.config.parser import CommandParser
 
 
-def add_run_options(parser: CommandParser) -> None:
-    """Add RUN, --checkpoint, --device and --precision."""
+def add_run_option(parser: CommandParser) -> None:
+    """Add RUN and --checkpoint."""
     parser.add_argument(
         "run", nargs="?", type=Path, metavar="RUN", help="run folder; default: the newest in runs/"
     )
@@ -21,6 +21,11 @@ def add_run_options(parser: CommandParser) -> None:
         metavar="best|last|N",
         help="which checkpoint, N: of that step (default: best)",
     )
+
+
+def add_run_options(parser: CommandParser) -> None:
+    """Add RUN, --checkpoint, --device and --precision."""
+    add_run_option(parser)
     for name, choices, what in (
         ("--device", ("auto", "cpu", "cuda", "mps"), "where to compute"),
         ("--precision", ("auto", "fp32", "bf16", "fp16"), "arithmetic"),

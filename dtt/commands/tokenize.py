@@ -25,6 +25,10 @@ def run(argv: list[str]) -> int:
     )
     options = parser.parse(argv)
     config = parser.config(options)
+    if config.init_from is not None:
+        from dtt.huggingface.origin import with_origin
+
+        config = with_origin(config)
     if options.print_config:
         print(to_yaml(config), end="")
         return 0

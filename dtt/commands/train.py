@@ -11,6 +11,10 @@ def run(argv: list[str]) -> int:
     parser = train_parser()
     options = parser.parse(argv)
     config = parser.config(options)
+    if config.init_from is not None:
+        from dtt.huggingface.origin import with_origin
+
+        config = with_origin(config, options.fresh)
     if options.print_config:
         print(to_yaml(config), end="")
         return 0

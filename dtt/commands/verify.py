@@ -22,6 +22,7 @@ def run(argv: list[str]) -> int:
     options = parser.parse(argv)
     config = parser.config(options)
 
+    from dtt.huggingface.origin import with_origin
     from dtt.verification.report import verify_command
 
-    return verify_command(config)
+    return verify_command(with_origin(config))

@@ -17,7 +17,15 @@ Composites = Sequence[tuple[str, str]]
 
 def config_help(prog: str, aliases: Aliases, composites: Composites) -> str:
     """The part of a command's help on the configuration: aliases, then one line per section."""
-    rows = [(", ".join(aliases[path]), f"{_brief(leaves()[path])} [{path}]") for path in aliases]
+    names = {
+        leaf.path: (leaf.flag.replace("_", "-"),)
+        for leaf in leaves().values()
+        if "." not in leaf.path
+    }
+    rows = [
+        (", ".join(flags), f"{_brief(leaves()[path])} [{path}]")
+        for path, flags in (names | dict(aliases)).items()
+    ]
     text = "familiar names:\n" + _table([*composites, *rows])
     inner = [(path, doc) for path, doc in sections().items() if "." not in path]
     title = f"sections (`{prog} --help model` shows the settings of one):\n"

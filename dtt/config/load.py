@@ -48,6 +48,8 @@ def load_config(
         layers.append(_dataset_layer(dataset))
     layers.append(_override_layer(overrides or {}))
     said = {key for layer in layers for key in layer.tree}
+    # What is started from has a tokenizer of its own.
+    said |= {"tokenizer"} if "init_from" in said else set()
     lowest = {key: value for key, value in (implied or {}).items() if key not in said}
 
     merged = _fold([Layer(lowest), *layers])

@@ -119,6 +119,11 @@ class Config(Section):
     """Folder that holds one folder per run."""
     seed: int = Field(1337, ge=0, lt=2**63)
     """Seed of the initial weights, the data order and dropout."""
+    init_from: str | None = Field(None, min_length=1)
+    """Start from a folder of Hugging Face, or ORG/NAME[@REVISION] of its Hub: from its weights,
+    with the model that its config.json describes, and its tokenizer unless one is set."""
+    init_ignore_code: bool = False
+    """Start from `init_from` though the folder has code of its own; the code never runs."""
     model: Model = Model()
     """The decoder."""
     tokenizer: Tokenizer = Bpe()

@@ -133,6 +133,10 @@ class Decoder(nn.Module):
                     parameter.data = parameter.data.t().contiguous().t()
         return self
 
+    def rotate_by(self, table: Tensor) -> None:
+        """Use these cos and sin [2, T, head width / 2] of positions and not the exact ones."""
+        self._table = table
+
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [vocabulary, dim]."""

@@ -22,6 +22,7 @@ from dtt.errors import (
     LostRankError,
     RankError,
 )
+from dtt.huggingface.origin import with_origin
 from dtt.parallel.layout import resolve
 from dtt.reporting import report_error
 from dtt.training.batching import divide
@@ -48,7 +49,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
 
     Continues the run of this name if there is one. Raises the errors of dtt.errors.
     """
-    config, place = named(config), find_place(os.environ)
+    config, place = with_origin(named(config), fresh), find_place(os.environ)
     if place.launcher == "none" and config.parallel.world_size > 1:
         raise ConfigError(
             f"parallel.world_size is {config.parallel.world_size}, but this is one process",

@@ -12,7 +12,15 @@ from dtt.errors import CheckpointError
 from dtt.tokenizer import fingerprint
 from dtt.training.saved import Saved
 
-IDENTITY = ("seed", "model", "tokenizer", "data", "training.batch_size", "optimizer.name")
+IDENTITY = (
+    "seed",
+    "init_from",
+    "model",
+    "tokenizer",
+    "data",
+    "training.batch_size",
+    "optimizer.name",
+)
 """Settings that a continued run must share with its checkpoint..."""
 PLACES = (
     *("model.preset", "data.dir", "data.workers", "tokenizer.path"),

@@ -18,6 +18,7 @@ from dtt.data.loader import Loader
 from dtt.data.progress import progress
 from dtt.dist import Runtime
 from dtt.errors import ConfigError, DttError
+from dtt.huggingface.origin import initial_weights
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Meter
 from dtt.metrics.trackers import TRACKERS, Tracker
@@ -25,6 +26,7 @@ from dtt.model.decoder import count_active_parameters, count_parameters
 from dtt.model.fp8 import refuse_without_fp8
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
+from dtt.parallel.model import Reader
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
@@ -109,7 +111,9 @@ def _build(
     _refuse_settings(config, runtime.device, layout, dtype)
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
-    weights = None
+    weights: Reader | None = None
+    if saved is None and config.init_from is not None:
+        weights = initial_weights(config, model, runtime, reporter.info)
     if saved is not None:
         check_weights(model, saved.shapes("model"), saved.path)
         weights = SavedGroup(saved, "model")

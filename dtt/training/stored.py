@@ -69,7 +69,7 @@ def _read(name: str, wanted: Part, places: list[tuple[Any, Part | None]]) -> Ten
     for file, part in places:
         stored = file.get_slice(name)
         part = part or Part.all_of(tuple(stored.get_shape()))
-        for here, there in _shared(wanted, part):
+        for here, there in shared_blocks(wanted, part):
             block = stored[there] if there else file.get_tensor(name)
             if tuple(block.shape) == wanted.local_shape:
                 return block
@@ -86,7 +86,9 @@ def _read(name: str, wanted: Part, places: list[tuple[Any, Part | None]]) -> Ten
     return found
 
 
-def _shared(wanted: Part, stored: Part) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+def shared_blocks(
+    wanted: Part, stored: Part
+) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """Yield the blocks that two parts share: where each is in the one, and in the other."""
     steps = []
     for one, other in zip(wanted.ranges, stored.ranges, strict=True):

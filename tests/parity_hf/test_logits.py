@@ -3,6 +3,8 @@ their mixtures of experts."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from dtt.config.model import Experts, Learned, Model, Rotary
 from dtt.data.loader import IGNORED
+from dtt.huggingface.folder import open_folder
+from dtt.huggingface.settings import from_json
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
 
@@ -19,36 +23,6 @@ transformers = pytest.importorskip("transformers")
 
 VOCABULARY, DIM, LAYERS, CONTEXT = 61, 32, 2, 48
 
-# Ours to theirs; {n} is the block. Several names are stacked, since q, k and v are one matrix here.
-GPT2 = {
-    "embed.weight": ["transformer.wte.weight"],
-    "position_embed.weight": ["transformer.wpe.weight"],
-    "blocks.{n}.attention_norm": ["transformer.h.{n}.ln_1"],
-    "blocks.{n}.attention.qkv": ["transformer.h.{n}.attn.c_attn"],
-    "blocks.{n}.attention.out": ["transformer.h.{n}.attn.c_proj"],
-    "blocks.{n}.mlp_norm": ["transformer.h.{n}.ln_2"],
-    "blocks.{n}.mlp.up": ["transformer.h.{n}.mlp.c_fc"],
-    "blocks.{n}.mlp.down": ["transformer.h.{n}.mlp.c_proj"],
-    "norm": ["transformer.ln_f"],
-}
-LLAMA = {
-    "embed.weight": ["model.embed_tokens.weight"],
-    "head.weight": ["lm_head.weight"],
-    "blocks.{n}.attention_norm": ["model.layers.{n}.input_layernorm"],
-    "blocks.{n}.attention.qkv": [f"model.layers.{{n}}.self_attn.{p}_proj" for p in "qkv"],
-    "blocks.{n}.attention.out": ["model.layers.{n}.self_attn.o_proj"],
-    "blocks.{n}.attention.q_norm": ["model.layers.{n}.self_attn.q_norm"],
-    "blocks.{n}.attention.k_norm": ["model.layers.{n}.self_attn.k_norm"],
-    "blocks.{n}.mlp_norm": ["model.layers.{n}.post_attention_layernorm"],
-    "blocks.{n}.mlp.gate": ["model.layers.{n}.mlp.gate_proj"],
-    "blocks.{n}.mlp.up": ["model.layers.{n}.mlp.up_proj"],
-    "blocks.{n}.mlp.down": ["model.layers.{n}.mlp.down_proj"],
-    "blocks.{n}.mlp.router": ["model.layers.{n}.mlp.gate"],
-    "blocks.{n}.mlp.experts.gate": ["model.layers.{n}.mlp.experts.gate_proj"],
-    "blocks.{n}.mlp.experts.up": ["model.layers.{n}.mlp.experts.up_proj"],
-    "blocks.{n}.mlp.experts.down": ["model.layers.{n}.mlp.experts.down_proj"],
-    "norm": ["model.norm"],
-}
 BASE: dict[str, Any] = {
     "dim": DIM,
     "layers": LAYERS,
@@ -88,16 +62,16 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def gpt2() -> tuple[Any, Decoder, dict[str, list[str]]]:
+def gpt2() -> tuple[Any, Decoder]:
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             n_embd=DIM, n_layer=LAYERS, n_head=4, n_inner=48, n_positions=CONTEXT, **SHARED
         )
     )
-    return theirs, Decoder(Model(**GPT2_SETTINGS)), GPT2
+    return theirs, Decoder(Model(**GPT2_SETTINGS))
 
 
-def llama(scaling: str = "none") -> tuple[Any, Decoder, dict[str, list[str]]]:
+def llama(scaling: str = "none") -> tuple[Any, Decoder]:
     figures = dict(SCALINGS[scaling])
     rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": 500.0}
     rotary: dict[str, Any] = {"theta": 500.0, "scaling": scaling}
@@ -110,34 +84,34 @@ def llama(scaling: str = "none") -> tuple[Any, Decoder, dict[str, list[str]]]:
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = transformers.LlamaConfig(rope_parameters=rope, **LLAMA_SHARED)
     ours = Decoder(Model(**LLAMA_SETTINGS, positions=Rotary(**rotary)))
-    return transformers.LlamaForCausalLM(config), ours, LLAMA
+    return transformers.LlamaForCausalLM(config), ours
 
 
-def qwen3() -> tuple[Any, Decoder, dict[str, list[str]]]:
+def qwen3() -> tuple[Any, Decoder]:
     rope = {"rope_type": "default", "rope_theta": 1e6}
     config = transformers.Qwen3Config(head_dim=12, rope_parameters=rope, **LLAMA_SHARED)
     settings = LLAMA_SETTINGS | {"head_dim": 12, "qk_norm": True}
     ours = Decoder(Model(**settings, positions=Rotary(theta=1e6)))
-    return transformers.Qwen3ForCausalLM(config), ours, LLAMA
+    return transformers.Qwen3ForCausalLM(config), ours
 
 
-def mistral() -> tuple[Any, Decoder, dict[str, list[str]]]:
+def mistral() -> tuple[Any, Decoder]:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     config = transformers.MistralConfig(sliding_window=8, rope_parameters=rope, **LLAMA_SHARED)
     ours = Decoder(Model(**LLAMA_SETTINGS, window=8))
-    return transformers.MistralForCausalLM(config), ours, LLAMA
+    return transformers.MistralForCausalLM(config), ours
 
 
-def mixtral() -> tuple[Any, Decoder, dict[str, list[str]]]:
+def mixtral() -> tuple[Any, Decoder]:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     config = transformers.MixtralConfig(
         num_local_experts=8, num_experts_per_tok=2, rope_parameters=rope, **LLAMA_SHARED
     )
     ours = Decoder(Model(**LLAMA_SETTINGS, experts=Experts(number=8)))
-    return transformers.MixtralForCausalLM(config), ours, LLAMA
+    return transformers.MixtralForCausalLM(config), ours
 
 
-def qwen3_moe(normalize: bool, every: int) -> tuple[Any, Decoder, dict[str, list[str]]]:
+def qwen3_moe(normalize: bool, every: int) -> tuple[Any, Decoder]:
     config = transformers.Qwen3MoeConfig(
         head_dim=12,
         num_experts=8,
@@ -151,7 +125,7 @@ def qwen3_moe(normalize: bool, every: int) -> tuple[Any, Decoder, dict[str, list
     experts = Experts(number=8, active=3, hidden=24, normalize=normalize, every=every)
     settings = LLAMA_SETTINGS | {"head_dim": 12, "qk_norm": True, "experts": experts}
     ours = Decoder(Model(**settings, positions=Rotary(theta=1e6)))
-    return transformers.Qwen3MoeForCausalLM(config), ours, LLAMA
+    return transformers.Qwen3MoeForCausalLM(config), ours
 
 
 FAMILIES = {
@@ -171,39 +145,26 @@ FAMILIES = {
 FAMILIES_WITH_EXPERTS = ["mixtral", "qwen3-moe", "qwen3-moe-every-2"]
 
 
-def translate(
-    theirs: dict[str, Tensor], ours: Decoder, table: dict[str, list[str]]
-) -> dict[str, Tensor]:
-    """Return tensors under our names: weights, or gradients of them."""
-    made, theirs = {}, dict(theirs)
-    for name in [name for name in theirs if name.endswith(".gate_up_proj")]:
-        for part, stack in zip(("gate", "up"), theirs[name].chunk(2, dim=1), strict=True):
-            theirs[name.replace(".gate_up_", f".{part}_")] = stack
-    for name, _ in ours.named_parameters():
-        parts = name.split(".")
-        block = parts[1] if parts[0] == "blocks" else ""
-        key = name.replace(f".{block}.", ".{n}.", 1) if block else name
-        suffix = ""
-        if key not in table:
-            key, _, suffix = key.rpartition(".")
-        sources = [f"{s}.{suffix}".rstrip(".").replace("{n}", block) for s in table[key]]
-        tensor = torch.cat([theirs[source] for source in sources])
-        # GPT-2's linear layers are Conv1D, whose weights are [in, out].
-        conv = table is GPT2 and suffix == "weight" and tensor.ndim == 2
-        made[name] = tensor.t().contiguous() if conv else tensor
-    return made
+def translate(theirs: Any, folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a model of transformers under our names, by way of its own files and
+    the tables of dtt.huggingface."""
+    theirs.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    model, family = from_json(config, str(folder))
+    shapes = {name: tuple(t.shape) for name, t in Decoder(model).state_dict().items()}
+    return open_folder(folder, family, model, shapes).whole()
 
 
-def pair(family: str) -> tuple[Any, Decoder, dict[str, list[str]]]:
+def pair(family: str, folder: Path) -> tuple[Any, Decoder]:
     """Return both models with the same random weights; biases and norms are random too."""
     torch.manual_seed(0)
-    theirs, ours, table = FAMILIES[family]()
+    theirs, ours = FAMILIES[family]()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.25)
-    ours.load_state_dict(translate(theirs.state_dict(), ours, table))
-    return theirs.eval(), ours.eval(), table
+    ours.load_state_dict(translate(theirs, folder))
+    return theirs.eval(), ours.eval()
 
 
 def tokens_of(length: int) -> Tensor:
@@ -213,8 +174,8 @@ def tokens_of(length: int) -> Tensor:
 
 @pytest.mark.parametrize("length", [1, 5, CONTEXT])  # below and above Mistral's window of 8
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits(family: str, length: int) -> None:
-    theirs, ours, _ = pair(family)
+def test_logits(family: str, length: int, tmp_path: Path) -> None:
+    theirs, ours = pair(family, tmp_path)
     tokens = tokens_of(length)
     with torch.no_grad():
         expected, found = theirs(tokens).logits, ours(tokens)
@@ -223,16 +184,18 @@ def test_logits(family: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral", *FAMILIES_WITH_EXPERTS])
-def test_gradients_of_a_summed_loss(family: str) -> None:
-    theirs, ours, table = pair(family)
+def test_gradients_of_a_summed_loss(family: str, tmp_path: Path) -> None:
+    theirs, ours = pair(family, tmp_path)
     tokens, targets = tokens_of(20), tokens_of(21)[:, 1:].clone()
     targets[0, :3] = IGNORED
     logits = theirs(tokens).logits.flatten(0, 1)
     F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum").backward()
     hidden = ours.hidden(tokens).flatten(0, 1)
     sum_cross_entropy(hidden, ours.head_weight, targets.flatten(), IGNORED).backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    expected = translate(gradients, ours, table)
+    with torch.no_grad():  # their gradients take the way of weights
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad)
+    expected = translate(theirs, tmp_path / "gradients")
     for name, parameter in ours.named_parameters():
         scale = float(expected[name].abs().max())
         assert scale > 0, name
@@ -242,10 +205,10 @@ def test_gradients_of_a_summed_loss(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "mixtral"])
-def test_cached_greedy_text_is_that_of_transformers(family: str) -> None:
+def test_cached_greedy_text_is_that_of_transformers(family: str, tmp_path: Path) -> None:
     from dtt.generation import Sampling, stream_tokens
 
-    theirs, ours, _ = pair(family)
+    theirs, ours = pair(family, tmp_path)
     prompt = tokens_of(6)[:1]
     expected = theirs.generate(
         prompt,

@@ -222,13 +222,13 @@ def _explained(settings: Hub, endpoint: str, token: str | None) -> Iterator[None
 
 
 def _explanation(error: Exception, settings: Hub, endpoint: str, token: str | None) -> Exception:
-    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
     text = " ".join(str(error).split())[:300]
     name = settings.dataset
-    for cause in _causes(error):
+    for cause in causes(error):
         response = getattr(cause, "response", None)
         status = getattr(response, "status_code", 0)
-        if is_temporary(status) if status else _of_network(cause):
+        if is_temporary(status) if status else of_network(cause):
             after = response.headers.get("Retry-After") if response is not None else None
             return TemporaryError(f"HTTP status {status}" if status else text, retry_after(after))
     # `datasets` says it in a DatasetNotFoundError that may have lost its cause.
@@ -250,12 +250,14 @@ def _explanation(error: Exception, settings: Hub, endpoint: str, token: str | No
     return error
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _of_network(error: BaseException) -> bool:
+def of_network(error: BaseException) -> bool:
+    """Whether it is a failure of the network, and no answer of a server."""
     package = type(error).__module__.partition(".")[0].rstrip("0123456789")
     return package in NETWORK or isinstance(error, ConnectionError | TimeoutError)

@@ -1,0 +1,1 @@
+"""Models in the folders of Hugging Face's `transformers`: written from runs, and trained on."""
