@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("Train a model, or continue its run.", "dtt.commands.train"),
     "evaluate": ("Measure a run's loss on a whole split.", "dtt.commands.evaluate"),
     "generate": ("Let a run's model write.", "dtt.commands.generate"),
+    "plot": ("Draw figures of runs.", "dtt.commands.plot"),
     "verify": ("Prove that layouts of ranks train alike.", "dtt.commands.verify"),
     "config": ("Show presets, the JSON schema, the documentation.", "dtt.commands.config"),
 }

@@ -54,23 +54,13 @@ LONG = 4
 OURS, PEER = "dtt: compiled", "plain PyTorch: bf16, compiled, fused AdamW"
 QUICK_OURS, QUICK_PEER = "dtt", "plain PyTorch: bf16, fused AdamW"
 """With --quick nothing is compiled, which takes a minute on a CPU."""
-VENDOR = {
-    "B200": 2250e3,
-    "GH200": 989e3,
-    "H200": 989e3,
-    "H100 NVL": 835e3,
-    "H100 PCIe": 756e3,
-    "H100": 989e3,
-    "A100": 312e3,
-    "L40S": 362e3,
-}
-"""bf16 GFLOP/s by the makers' data sheets, without sparsity; the first name that fits counts."""
 
 
 def vendor_peak() -> float | None:
-    """Return what this GPU's maker says, in GFLOP/s."""
+    """Return what this GPU's maker says of bf16, in GFLOP/s."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for part, peak in VENDOR.items() if part in name), None)
+    found = published(name, torch.bfloat16)
+    return None if found is None else found * 1e-9
 
 
 def asked_for(quick: bool) -> Iterator[tuple[str, Shape]]:

@@ -24,6 +24,8 @@ OWN = OPEN | {
     "profile",
     "tensorboard",
     "wandb",
+    "mlflow",
+    "mlflow.json",
 }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 from torch.nn.utils import get_total_norm
@@ -18,6 +18,8 @@ from dtt.evaluation import evaluate
 from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.optim.schedule import learning_rate
+from dtt.parallel.waiting import waits_counted
+from dtt.training.norms import log_norms
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
@@ -35,6 +37,10 @@ class Due:
 
     def log(self, step: int) -> bool:
         return step % self.config.logging.every == 0 or step in (1, self.steps)
+
+    def norms(self, step: int) -> bool:
+        every = self.config.logging.norms_every
+        return every > 0 and step % every == 0
 
     def evaluate(self, step: int) -> bool:
         return self._every(self.config.evaluation.every, step)
@@ -82,7 +88,8 @@ class Readings:
     def _read(self) -> None:
         run = self._run
         step, tokens, factor, result = self._waiting.popleft()
-        nats, stops, seen = result.totals.tolist()
+        with run.meter.part("device"):
+            nats, stops, seen = result.totals.tolist()
         loss, norm = nats / result.tokens, float(result.grad_norm)
         self.stop |= stops > 0
         # With fp16 a gradient may overflow: the scaler skips that update and lowers its scale.
@@ -94,7 +101,8 @@ class Readings:
         self.last = {"loss": loss, "lr": lr, "grad_norm": norm}
         if run.metrics is not None:
             samples = int(seen) if result.seen is None else result.seen
-            run.metrics.write(step=step, **self.last, tokens=tokens, samples=samples)
+            with run.meter.part("logging"):
+                run.metrics.write(step=step, **self.last, tokens=tokens, samples=samples)
 
 
 def fit(run: Run) -> TrainState:
@@ -105,21 +113,29 @@ def fit(run: Run) -> TrainState:
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
     first = state.step + 1
-    with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
+    waits = waits_counted(run.stepper.model, run.meter)
+    with Preemption() as preemption, run.reporter.bar(state.step), closing(batches), waits:
         while state.step < run.steps:
             stop = preemption.requested is not None
-            result = run.stepper.step(next(batches), state.step, stop)
+            with run.meter.part("data"):
+                batch = next(batches)
+            with run.meter.part("compute"):
+                result = run.stepper.step(batch, state.step, stop)
             factor = learning_rate(run.config.schedule, state.step, run.steps)
             tokens = state.tokens + result.tokens
             readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
-            run.stepper.update(factor)
+            if due.norms(state.step + 1):
+                log_norms(run, state.step + 1, result.grad_norm)
+            with run.meter.part("optimizer"):
+                run.stepper.update(factor)
             state.step, state.tokens = state.step + 1, tokens
             run.meter.add(result.tokens)
             if state.step == first:
                 run.reserve()  # the optimizer has its state from now on
-            run.reporter.advance(state.step)
+            run.reporter.advance(state.step, readings.last.get("loss"))
             if run.profiler is not None:
-                run.profiler.step()
+                with run.meter.part("logging"):
+                    run.profiler.step()
             if due.log(state.step):
                 _log(run, readings)
             best = _validate(run, readings) if due.evaluate(state.step) else None
@@ -128,14 +144,16 @@ def fit(run: Run) -> TrainState:
             run.checkpoints.poll()
             if due.checkpoint(state.step) or best is not None or readings.stop:
                 readings.drain()
-                with run.pause():
+                with run.meter.part("saving"):
                     _refuse_bad_weights(run)
                     run.save(best)
             if readings.stop:
                 break
     if run.profiler is not None:
         run.profiler.close()
-    run.checkpoints.finish()
+    with run.meter.part("saving"):
+        run.checkpoints.finish()
+    run.report_rest()
     return state
 
 
@@ -149,18 +167,14 @@ def _refuse_bad_weights(run: Run) -> None:
 
 def _log(run: Run, readings: Readings) -> None:
     readings.drain()
-    if run.metrics is not None:
-        run.metrics.flush()
-    figures = readings.last | run.meter.read(run.state.step)
-    run.reporter.step(run.state.step, figures)
-    run.track({f"train/{name}": value for name, value in figures.items()})
+    run.report(readings.last)
 
 
 def _validate(run: Run, readings: Readings) -> float | None:
     """Measure the validation loss; return it if it is the lowest so far."""
     readings.drain()
     settings, state = run.config.evaluation, run.state
-    with run.pause():
+    with run.meter.part("evaluating"):
         result, parts = evaluate(
             run.stepper.model,
             run.corpora,
@@ -195,7 +209,7 @@ def _sample(run: Run) -> None:
         return
     settings = run.config.sample
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
-    with run.pause():
+    with run.meter.part("sampling"):
         texts = sample_texts(
             model.stages[0].model,
             run.corpora.tokenizer,
@@ -219,6 +233,7 @@ def closing_lines(run: Run, seconds: float) -> Iterator[str]:
     if state.step < run.steps:
         yield f"stopped at step {state.step} of {run.steps}, saved; {run.again} goes on from there"
         return
+    yield run.meter.where_the_time_went()
     done, duration = run.steps - run.begun_at, short_duration(seconds)
     yield f"done: {done} steps in {duration}; everything is in {run.folder}"
     yield f"  dtt evaluate {run.folder}"
