@@ -204,6 +204,12 @@ def test_checkpoint_and_loader_print_their_tables() -> None:
 
 
 @pytest.mark.processes
+def test_watching_prints_its_table() -> None:
+    pytest.importorskip("wandb")
+    assert first_cells(output("watching.py"))[:2] == ["off", "on"]
+
+
+@pytest.mark.processes
 def test_the_gpu_script_runs_without_a_gpu() -> None:
     text = output("gpu/step.py", "--device", "cpu", "--part", "limits")
     assert first_cells(text)[-2:] == ["bf16 matrix product, GFLOP/s", "reading memory, GB/s"]

@@ -4,10 +4,10 @@ GPT-2's shapes of 124M, 350M and 1.3B parameters, and 124M with 8 experts of whi
 two, with contexts of 1,024 and 4,096. dtt computes in bf16 with compiled blocks; the plain loop
 (`reference.py`, dense shapes only) is compiled whole, with autocast to bf16 and the fused AdamW.
 
-MFU is (6 N + 12 L H Q T) x tokens/s (PaLM, arxiv.org/abs/2204.02311, appendix B) over the peak: N
-without embeddings but with the head, which is the tied embedding here, and of experts those that a
-token passes. It is given against the best matrix product measured here, and against the maker's
-figure (dense bf16), where it is known.
+MFU is the FLOPs of `dtt.metrics.flops`, as published MFU has them (PaLM, arxiv.org/abs/2204.02311,
+appendix B: 6 N + 12 L H Q T, of experts those that a token passes), x tokens/s over the peak. It is
+given against the best matrix product measured here, and against the maker's figure (dense bf16),
+where it is known.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from table import (  # noqa: E402
     summarize,
     summary,
 )
+
+from dtt.metrics.peak import published  # noqa: E402
 
 VOCABULARY = 50304
 """GPT-2's, rounded up to a multiple of 64, as nanoGPT has it."""

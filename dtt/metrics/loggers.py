@@ -194,7 +194,7 @@ def _line(step: int, steps: int, figures: Mapping[str, float]) -> str:
         f"lr {figures['lr']:.2e}",
         f"grad {figures['grad_norm']:.2f}",
         f"{short_count(figures['tokens_per_second'])} tok/s",
-        *([f"MFU {figures['mfu']:.0%}"] if "mfu" in figures else []),
+        *([f"MFU {_percent(figures['mfu'])}"] if "mfu" in figures else []),
         f"{short_duration(figures['seconds_left'])} left",
     ]
     return "  ".join([*parts, *_notes(figures)])
@@ -212,12 +212,16 @@ def _row(step: int, steps: int, figures: Mapping[str, float] | None) -> str:
             f"{figures['lr']:.2e}",
             f"{figures['grad_norm']:.2f}",
             short_count(figures["tokens_per_second"]),
-            f"{figures['mfu']:.0%}" if "mfu" in figures else "-",
+            _percent(figures["mfu"]) if "mfu" in figures else "-",
             short_duration(figures["seconds_left"]),
         ]
     widths = (2 * len(str(steps)) + 1, 7, 9, 8, 5, 5, 4, 5)
     row = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
     return "  ".join([row, *_notes(figures or {})])
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
 
 
 def _notes(figures: Mapping[str, float]) -> list[str]:

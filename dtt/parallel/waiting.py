@@ -28,7 +28,7 @@ def knows_waits(model: ParallelModel) -> bool:
 
 def reducer_waits(model: ParallelModel) -> Callable[[], float] | None:
     """Return what tells the seconds that DDP's backward passes have waited after their own work was
-    done; None where there is no DDP."""
+    done, each told a step later; None where there is no DDP."""
     called = model.called
     if not isinstance(called, DistributedDataParallel) or not knows_waits(model):
         return None

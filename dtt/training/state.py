@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from dtt.dist import Runtime
 from dtt.errors import StorageError
 from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Cost, Meter, short_count, short_flops
+from dtt.metrics.peak import measure_again
 from dtt.metrics.resources import Resources
 from dtt.metrics.trackers import Tracker
 from dtt.tokenizer import fingerprint
@@ -108,7 +109,7 @@ class Run:
             figures = self.meter.read(self.state.step)
             figures |= {} if self.resources is None else self.resources.read()
             if figures.get("mfu", 0.0) > 1:
-                self._mistrust(figures.pop("mfu"))
+                figures |= self._checked(figures.pop("mfu"))
             if self.metrics is not None:
                 self.metrics.write(step=self.state.step, **figures)
                 self.metrics.flush()
@@ -121,17 +122,27 @@ class Run:
         if self.metrics is not None:
             self.metrics.write(step=self.state.step, **times)
 
-    def _mistrust(self, mfu: float) -> None:
-        """Say once that more than everything cannot be: then the meter is wrong, not the run."""
+    def _checked(self, mfu: float) -> dict[str, float]:
+        """Return the MFU if it is right after all: above 100% the meter is wrong, not the run.
+
+        A peak that was measured while something else was at work is measured again.
+        """
         cost = self.meter.cost
-        if cost is None or self.mistrusted:
-            return
-        self.mistrusted = True
-        self.reporter.warning(
-            f"the meter is wrong: an MFU of {mfu:.0%}, {short_flops(cost.flops)}FLOP a token "
-            f"against a {cost.peak.source} peak of {short_flops(cost.peak.flops)}FLOP/s on each of "
-            f"{cost.devices} devices; figures above 100% are left out from here on"
-        )
+        assert cost is not None
+        dtype = self.stepper.model.stages[0].model.compute_dtype
+        peak = measure_again(self.runtime.device, dtype, cost.peak)
+        self.meter.cost = replace(cost, peak=peak)
+        mfu *= cost.peak.flops / peak.flops
+        if mfu <= 1:
+            return {"mfu": mfu}
+        if not self.mistrusted:
+            self.mistrusted = True
+            self.reporter.warning(
+                f"the meter is wrong: an MFU of {mfu:.0%}, {short_flops(cost.flops)}FLOP a token "
+                f"against a {peak.source} peak of {short_flops(peak.flops)}FLOP/s on each of "
+                f"{cost.devices} devices; figures above 100% are left out"
+            )
+        return {}
 
     def track(self, figures: Mapping[str, float | None], step: int | None = None) -> None:
         """Show the figures of a step (the last that is done) wherever curves are wanted."""

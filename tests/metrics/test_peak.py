@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dtt.metrics import peak
-from dtt.metrics.peak import PUBLISHED, Peak, find_peak, measure, published
+from dtt.metrics.peak import PUBLISHED, Peak, find_peak, measure, measure_again, published
 
 HALF, FULL = torch.bfloat16, torch.float32
 
@@ -95,7 +95,15 @@ def test_a_known_gpu_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_best_product_counts() -> None:
-    """Products of 2 x 1024^3 operations: a clock that says 2, 1 and 4 seconds of them."""
-    times = iter([0, 0, 0, 2, 2, 2, 3, 3, 3, 7, 7])
+    """Products of 512^3 and 1024^3, by a clock on which they take 2, 4, 1 and 16 seconds."""
+    times = iter([0, 0, 0, 2, 2, 6, 6, 6, 7, 7, 23, 23])
     found = measure(torch.device("cpu"), FULL, 6.5, lambda: next(times))
-    assert found == 2 * 1024**3
+    assert found == 2 * 1024**3 / 4
+
+
+def test_a_peak_is_measured_again_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "measure", lambda device, dtype: 5e9)
+    cpu = torch.device("cpu")
+    assert measure_again(cpu, FULL, Peak(3e9, "measured")) == Peak(5e9, "measured")
+    assert measure_again(cpu, FULL, Peak(9e9, "measured")) == Peak(9e9, "measured")
+    assert measure_again(cpu, FULL, Peak(3e9, "published")) == Peak(3e9, "published")

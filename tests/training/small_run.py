@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,15 +95,20 @@ def start(
     environ: dict[str, str] | None = None,
     die: tuple[int, int] | None = None,
     slow: float = 0.0,
+    lag: tuple[int, float] | None = None,
     grace: float = launch.GRACE,
 ) -> Any:
     """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step.
+
+    `lag` = (rank, seconds): that one is late with each step by so many.
 
     `grace` is how many seconds workers have to end when another one has died.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_main, args=(folder, argv, environ or {}, die, slow, grace))
+    process = context.Process(
+        target=_main, args=(folder, argv, environ or {}, die, slow, lag, grace)
+    )
     process.start()
     return process
 
@@ -131,6 +137,7 @@ def _main(
     environ: dict[str, str],
     die: tuple[int, int] | None,
     slow: float,
+    lag: tuple[int, float] | None,
     grace: float,
 ) -> None:
     from dtt.cli import main
@@ -152,7 +159,15 @@ def _main(
             signal.sigtimedwait([], slow)
         whole(self, factor)
 
+    begin = Stepper.step
+
+    def step(self: Stepper, *arguments: Any) -> StepResult:
+        if lag is not None and self.runtime.rank == lag[0]:
+            time.sleep(lag[1])
+        return begin(self, *arguments)
+
     steps = [0]
+    Stepper.step = step  # type: ignore[method-assign]
     Stepper.update = update  # type: ignore[method-assign]
     code = main(argv)
     sys.stdout.flush()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
+import socket
+import subprocess
+import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_run import build_stepper as small_stepper
-from small_run import command, flags, small_config, synthetic_batch
+from small_run import command, flags, small_config, start, synthetic_batch, wait
 
 from dtt.cli import main
 from dtt.config.load import load_config
@@ -21,6 +27,7 @@ from dtt.metrics.loggers import read_metrics
 from dtt.metrics.meter import Cost, Meter
 from dtt.metrics.peak import Peak
 from dtt.training import run as running
+from dtt.training.launch import free_port
 from dtt.training.memory import memory_explained, remedies
 from dtt.training.norms import layer_norms, layers_of
 from dtt.training.state import Run
@@ -207,3 +214,80 @@ def test_only_a_lack_of_memory_is_explained(tmp_path: Path) -> None:
         raise ValueError("other")
     with pytest.raises(OutOfMemoryError), memory_explained(small_config(), CPU, tmp_path):
         raise MemoryError
+
+
+# --- other ranks, other machines -----------------------------------------------------------------
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", ["ddp", "shard"])
+def test_waits_for_a_slow_rank_are_seen(folder: Path, layout: str) -> None:
+    """Rank 1 is 0.1 s late with each of 12 steps, for which rank 0 has to wait; DDP tells of a
+    step's wait in the next one."""
+    two = {"parallel.world_size": "2", "parallel.shard": "2" if layout == "shard" else "1"}
+    words = flags(FEW | two | {"training.max_steps": "12"})
+    done = command(folder, ["train", *words], lag=(1, 0.1))
+    assert done.code == 0, done.err
+    timed = [row for row in rows() if "interval_seconds" in row]
+    waited = sum(row["time_exchange"] for row in timed)
+    assert 0.6 < waited <= sum(row["interval_seconds"] for row in timed)
+    assert "waiting for other ranks" in done.out
+
+
+@pytest.mark.processes
+def test_where_waits_cannot_be_seen_the_line_says_so(folder: Path) -> None:
+    words = flags(FEW | {"parallel.world_size": "2", "parallel.tensor": "2"})
+    done = command(folder, ["train", *words])
+    assert done.code == 0, done.err
+    assert "forward and backward (with waits for other ranks)" in done.out
+    assert not any("time_exchange" in row for row in rows())
+
+
+@pytest.mark.thorough
+def test_a_run_goes_on_without_the_servers_of_wandb(folder: Path) -> None:
+    """One server that refuses, one that never answers: the run is done, and says it once."""
+    pytest.importorskip("wandb")
+    with socket.socket() as silent, socket.socket() as closed:
+        for one in (silent, closed):
+            one.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        for one, name in ((closed, "closed"), (silent, "silent")):
+            address = f"http://127.0.0.1:{one.getsockname()[1]}"
+            environ = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40}
+            words = flags(FEW | {"logging.wandb": "true", "name": name})
+            done = wait(start(folder, ["train", *words], environ=environ), folder, 180)
+            assert done.code == 0 and "done: 4 steps" in done.out
+            assert done.err.count("W&B is not reachable") == 1, done.err
+            assert len([row for row in rows(name) if "loss" in row]) == 4
+
+
+@pytest.mark.thorough
+def test_tensorboard_shows_the_run(folder: Path) -> None:
+    """Its page, drawn by a browser without a window, has the curves."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None or find_spec("tensorboard") is None:
+        pytest.skip("needs Chromium and TensorBoard")
+    assert main(["train", *flags({"logging.tensorboard": "true", "logging.every": "1"})]) == 0
+    port = free_port()
+    board = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs/small/tensorboard"]
+    server = subprocess.Popen(
+        [*board, "--port", str(port), "--host", "127.0.0.1"], stderr=subprocess.DEVNULL
+    )
+    try:
+        address = f"http://127.0.0.1:{port}/#scalars"
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        page = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+             "--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", f"--user-data-dir={folder}/browser", "--window-size=1400,1000",
+             "--virtual-time-budget=20000", "--dump-dom", address],
+            capture_output=True, text=True, timeout=180, check=False,
+        ).stdout  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
+    for name in ("train/loss", "train/tokens_per_second", "time/compute", "val/loss"):
+        assert name in page, name
