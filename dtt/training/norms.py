@@ -25,8 +25,8 @@ def log_norms(run: Run, step: int, grad_norm: Tensor) -> None:
         if clip is not None:  # undo what clipping did
             found[0] /= (clip / (grad_norm.to(found.device) + 1e-6)).clamp(max=1.0)
         gradients, weights = found.tolist()
-        figures = {f"layer_grad_norm/{name}": v for name, v in zip(layers, gradients, strict=True)}
-        figures |= {f"layer_norm/{name}": v for name, v in zip(layers, weights, strict=True)}
+        figures = {f"weight_grad_norm/{name}": v for name, v in zip(layers, gradients, strict=True)}
+        figures |= {f"weight_norm/{name}": v for name, v in zip(layers, weights, strict=True)}
         if run.metrics is not None:
             run.metrics.write(step=step, **figures)
         run.track(figures, step)
