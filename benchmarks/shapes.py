@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from dtt.config.model import Experts, Learned, Model
-from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
+from dtt.metrics.flops import training_flops
+from dtt.model.decoder import Decoder, count_parameters
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,10 @@ class Shape:
         with torch.device("meta"):
             return count_parameters(Decoder(self.settings()))
 
-    def flops(self) -> int:
-        """Return the floating-point operations of a training step per token.
-
-        nanoGPT's formula, 6 N + 12 L H Q T with N without the position embedding (PaLM, arxiv.org/
-        abs/2204.02311, appendix B) and of experts those only that a token passes. The embedding
-        counts once, as the head that it is. It counts all of the attention, although a causal one
-        needs half of it.
-        """
-        with torch.device("meta"):
-            passed = count_active_parameters(Decoder(self.settings()))
-        counted = passed - self.context * self.dim
-        return 6 * counted + 12 * self.layers * self.dim * self.context
+    def flops(self) -> float:
+        """Return the floating-point operations of a training step per token, as published MFU has
+        them: all of the attention counts, although a causal one needs half of it."""
+        return training_flops(self.settings()).palm
 
 
 SHAPES = {

@@ -22,6 +22,7 @@ COMMANDS = {
     "launch": ("Start training on a cluster, and look after it.", "dtt.commands.launch"),
     "evaluate": ("Measure a run's loss on a whole split.", "dtt.commands.evaluate"),
     "generate": ("Let a run's model write.", "dtt.commands.generate"),
+    "plot": ("Draw figures of runs.", "dtt.commands.plot"),
     "export": ("Write a run's model for transformers, proven.", "dtt.commands.export"),
     "doctor": ("Examine this machine, or all of a launch.", "dtt.commands.doctor"),
     "verify": ("Prove that layouts of ranks train alike.", "dtt.commands.verify"),

@@ -76,6 +76,10 @@ class BusyError(DttError):
     exit_code = 8
 
 
+class OutOfMemoryError(DttError):
+    """The machine or the GPU has less memory than the run needs."""
+
+
 class OtherRankError(DttError):
     """Another rank failed and has said why; this one ends with the same exit code, silently."""
 

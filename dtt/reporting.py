@@ -34,7 +34,7 @@ def report_error(prog: str, error: Exception, *, quiet: bool = False) -> int:
 def _unexplained(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = f"{text[:300]}..." if len(text) > 300 else text
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         fix = "lower --micro-batch-size, --model.context or the size of the model"
         return f"out of memory: {text or 'no details'}; {fix}"
     fix = "run again with --debug for the traceback, and please report it"
@@ -54,7 +54,8 @@ def _explained(error: Exception) -> DttError | None:
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, a GPU's or the machine's."""
     # By name: naming torch's class would import torch.
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "t allocate memory" in str(error)

@@ -4,10 +4,10 @@ GPT-2's shapes of 124M, 350M and 1.3B parameters, and 124M with 8 experts of whi
 two, with contexts of 1,024 and 4,096. dtt computes in bf16 with compiled blocks; the plain loop
 (`reference.py`, dense shapes only) is compiled whole, with autocast to bf16 and the fused AdamW.
 
-MFU is (6 N + 12 L H Q T) x tokens/s (PaLM, arxiv.org/abs/2204.02311, appendix B) over the peak: N
-without embeddings but with the head, which is the tied embedding here, and of experts those that a
-token passes. It is given against the best matrix product measured here, and against the maker's
-figure (dense bf16), where it is known.
+MFU is the FLOPs of `dtt.metrics.flops`, as published MFU has them (PaLM, arxiv.org/abs/2204.02311,
+appendix B: 6 N + 12 L H Q T, of experts those that a token passes), x tokens/s over the peak. It is
+given against the best matrix product measured here, and against the maker's figure (dense bf16),
+where it is known.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from table import (  # noqa: E402
     summary,
 )
 
+from dtt.metrics.peak import published  # noqa: E402
+
 VOCABULARY = 50304
 """GPT-2's, rounded up to a multiple of 64, as nanoGPT has it."""
 SHAPES = {
@@ -54,23 +56,13 @@ LONG = 4
 OURS, PEER = "dtt: compiled", "plain PyTorch: bf16, compiled, fused AdamW"
 QUICK_OURS, QUICK_PEER = "dtt", "plain PyTorch: bf16, fused AdamW"
 """With --quick nothing is compiled, which takes a minute on a CPU."""
-VENDOR = {
-    "B200": 2250e3,
-    "GH200": 989e3,
-    "H200": 989e3,
-    "H100 NVL": 835e3,
-    "H100 PCIe": 756e3,
-    "H100": 989e3,
-    "A100": 312e3,
-    "L40S": 362e3,
-}
-"""bf16 GFLOP/s by the makers' data sheets, without sparsity; the first name that fits counts."""
 
 
 def vendor_peak() -> float | None:
-    """Return what this GPU's maker says, in GFLOP/s."""
+    """Return what this GPU's maker says of bf16, in GFLOP/s."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for part, peak in VENDOR.items() if part in name), None)
+    found = published(name, torch.bfloat16)
+    return None if found is None else found * 1e-9
 
 
 def asked_for(quick: bool) -> Iterator[tuple[str, Shape]]:

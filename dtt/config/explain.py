@@ -26,6 +26,7 @@ MESSAGES = {
 
 PATTERNS = {
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "should be module:function",
+    r"^[1-9]\d*(-[1-9]\d*)?$": "should be a step or two, as in 6-8",
     r"^[\w.-]+$": "should be letters, digits, '.', '_' and '-'",
     r"^[\w.-]+(/[\w.-]+)?$": "should be a data set's name on the Hub, as in owner/name",
     r"^[^/\\\s.][^/\\\n\t]*$": "should be a folder's name: no slashes, no dot or space first",

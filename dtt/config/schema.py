@@ -102,12 +102,29 @@ class Logging(Section):
     """Optimizer steps between console lines (metrics.jsonl always has every step)."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """What goes to the console and to logs/train.log."""
+    norms_every: int = Field(0, ge=0)
+    """Optimizer steps between norms of each layer's gradients and weights in metrics.jsonl; 0:
+    none."""
+    resources: bool = False
+    """CPU, memory, disk and network of this machine, and its GPUs' load, memory and power, in
+    metrics.jsonl (needs dtt[monitor])."""
     tensorboard: bool = False
     """TensorBoard events in the run folder (needs dtt[tensorboard])."""
     wandb: bool = False
     """A W&B run, offline if its server is not there (needs dtt[wandb])."""
+    trackers: tuple[str, ...] = ()
+    """Other trackers: `mlflow` (needs dtt[mlflow]), or your own as module:function."""
     profile: bool = False
-    """A profiler trace of steps 6 to 8 in the run folder."""
+    """A profiler trace of `profile_steps` in the run folder, and what costs most."""
+    profile_steps: str = Field("6-8", pattern=r"^[1-9]\d*(-[1-9]\d*)?$")
+    """Which optimizer steps of this process are profiled, the first being 1: 6-8, or 20."""
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Logging:
+        first, _, last = self.profile_steps.partition("-")
+        if int(last or first) < int(first):
+            raise ValueError(f"profile_steps ({self.profile_steps}) ends before it begins")
+        return self
 
 
 class Config(Section):

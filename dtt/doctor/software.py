@@ -58,12 +58,18 @@ def check_extras(subject: Subject) -> Iterator[Finding]:
         return
     logging, sources = subject.config.logging, subject.config.data
     parts = [part.source.name for part in sources.mixture] or [sources.source.name]
-    used = {"tensorboard": logging.tensorboard, "wandb": logging.wandb, "data": "hub" in parts}
+    used = {
+        "data": "hub" in parts,
+        "mlflow": "mlflow" in logging.trackers,
+        "tensorboard": logging.tensorboard,
+        "wandb": logging.wandb,
+    }
+    wanted = {extra for extra, on in used.items() if on}
     found = {
         extra: [name for name, _ in needed(requirements, extra) if installed(name) is None]
-        for extra in ("data", "dask", "plot", "tensorboard", "wandb")
+        for extra in sorted({"data", "dask", "plot", "tensorboard", "wandb"} | wanted)
     }
-    yield judge_extras(found, {extra for extra, on in used.items() if on})
+    yield judge_extras(found, wanted)
 
 
 def judge_extras(missing: dict[str, list[str]], used: set[str]) -> Finding:

@@ -25,6 +25,8 @@ OWN = OPEN | {
     "profile",
     "tensorboard",
     "wandb",
+    "mlflow",
+    "mlflow.json",
 }
 
 

@@ -71,7 +71,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
         else:
             fit(run)
             if runtime.is_main and run.is_complete():
-                draw_loss(run.folder, run.reporter.warning)
+                run.show_picture(draw_loss(run.folder, run.reporter.warning))
                 run.reporter.info(sparkline(run.folder))
             for line in closing_lines(run, time.perf_counter() - begun):
                 run.reporter.info(line)

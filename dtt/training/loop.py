@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 from torch.nn.utils import get_total_norm
@@ -19,6 +19,8 @@ from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.metrics.progress import Progress, read_progress
 from dtt.optim.schedule import learning_rate
+from dtt.parallel.waiting import waits_counted
+from dtt.training.norms import log_norms
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
@@ -36,6 +38,10 @@ class Due:
 
     def log(self, step: int) -> bool:
         return step % self.config.logging.every == 0 or step in (1, self.steps)
+
+    def norms(self, step: int) -> bool:
+        every = self.config.logging.norms_every
+        return every > 0 and step % every == 0
 
     def evaluate(self, step: int) -> bool:
         return self._every(self.config.evaluation.every, step)
@@ -83,7 +89,8 @@ class Readings:
     def _read(self) -> None:
         run = self._run
         step, tokens, factor, result = self._waiting.popleft()
-        nats, stops, seen = result.totals.tolist()
+        with run.meter.part("device"):
+            nats, stops, seen = result.totals.tolist()
         loss, norm = nats / result.tokens, float(result.grad_norm)
         self.stop |= stops > 0
         # With fp16 a gradient may overflow: the scaler skips that update and lowers its scale.
@@ -95,7 +102,8 @@ class Readings:
         self.last = {"loss": loss, "lr": lr, "grad_norm": norm}
         if run.metrics is not None:
             samples = int(seen) if result.seen is None else result.seen
-            run.metrics.write(step=step, **self.last, tokens=tokens, samples=samples)
+            with run.meter.part("logging"):
+                run.metrics.write(step=step, **self.last, tokens=tokens, samples=samples)
 
 
 def fit(run: Run) -> TrainState:
@@ -106,28 +114,38 @@ def fit(run: Run) -> TrainState:
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
     first = state.step + 1
-    with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
+    waits = waits_counted(run.stepper.model, run.meter)
+    with Preemption() as preemption, run.reporter.bar(state.step), closing(batches), waits:
         if state.owes_validation:
             _milestones(run, readings, due, preemption)
         while state.step < run.steps and not readings.stop:
-            result = run.stepper.step(next(batches), state.step, preemption.asked)
+            with run.meter.part("data"):
+                batch = next(batches)
+            with run.meter.part("compute"):
+                result = run.stepper.step(batch, state.step, preemption.asked)
             factor = learning_rate(run.config.schedule, state.step, run.steps)
             tokens = state.tokens + result.tokens
             readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
-            run.stepper.update(factor)
+            if due.norms(state.step + 1):
+                log_norms(run, state.step + 1, result.grad_norm)
+            with run.meter.part("optimizer"):
+                run.stepper.update(factor)
             state.step, state.tokens = state.step + 1, tokens
             run.meter.add(result.tokens)
             if state.step == first:
                 run.reserve()  # the optimizer has its state from now on
-            run.reporter.advance(state.step)
+            run.reporter.advance(state.step, readings.last.get("loss"))
             if run.profiler is not None:
-                run.profiler.step()
+                with run.meter.part("logging"):
+                    run.profiler.step()
             if due.log(state.step):
                 _log(run, readings)
             _milestones(run, readings, due, preemption)
         if run.profiler is not None:
             run.profiler.close()
-        run.checkpoints.finish()  # a second signal must not end the save that the first asked for
+        with run.meter.part("saving"):  # a second signal must not end what the first asked for
+            run.checkpoints.finish()
+    run.report_rest()
     _note_progress(run)
     return state
 
@@ -145,7 +163,7 @@ def _milestones(run: Run, readings: Readings, due: Due, preemption: Preemption) 
     run.checkpoints.poll()
     if due.checkpoint(step) or best is not None or readings.stop or owed:
         readings.drain()
-        with run.pause():
+        with run.meter.part("saving"):
             _refuse_bad_weights(run)
             run.save(best)
 
@@ -160,12 +178,9 @@ def _refuse_bad_weights(run: Run) -> None:
 
 def _log(run: Run, readings: Readings) -> None:
     readings.drain()
-    if run.metrics is not None:
-        run.metrics.flush()
-    figures = readings.last | run.meter.read(run.state.step)
-    run.reporter.step(run.state.step, figures)
-    run.track({f"train/{name}": value for name, value in figures.items()})
-    _note_progress(run)
+    run.report(readings.last)
+    with run.meter.part("logging"):
+        _note_progress(run)
 
 
 def _note_progress(run: Run) -> None:
@@ -192,7 +207,7 @@ def _validate(run: Run, readings: Readings, preemption: Preemption) -> float | N
     settings, state = run.config.evaluation, run.state
     state.owes_validation = False
     try:
-        with run.pause():
+        with run.meter.part("evaluating"):
             result, parts = evaluate(
                 run.stepper.model,
                 run.corpora,
@@ -237,7 +252,7 @@ def _sample(run: Run, preemption: Preemption) -> None:
     settings = run.config.sample
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     try:
-        with run.pause():
+        with run.meter.part("sampling"):
             texts = sample_texts(
                 model.stages[0].model,
                 run.corpora.tokenizer,
@@ -264,6 +279,7 @@ def closing_lines(run: Run, seconds: float) -> Iterator[str]:
     if not run.is_complete():
         yield f"stopped at step {state.step} of {run.steps}, saved; {run.again} goes on from there"
         return
+    yield run.meter.where_the_time_went()
     done, duration = run.steps - run.begun_at, short_duration(seconds)
     yield f"done: {done} steps in {duration}; everything is in {run.folder}"
     yield f"  dtt evaluate {run.folder}"

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dtt.metrics.loggers import read_metrics
+from dtt.training.curves import smooth
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -26,7 +27,7 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
     figure = Figure(figsize=(8, 4.5), dpi=120)  # no pyplot: a notebook's backend is left alone
     axes = figure.subplots()
     axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="training, each step")
-    axes.plot(steps, _smooth(losses), color="#1f4e79", linewidth=1.6, label="training, smoothed")
+    axes.plot(steps, smooth(losses), color="#1f4e79", linewidth=1.6, label="training, smoothed")
     if val:
         axes.plot(*zip(*val, strict=True), "o-", color="#c0504d", markersize=4, label="validation")
     if measured and measured[-1]["val_floor"]:
@@ -45,16 +46,6 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
     path = folder / "loss.png"
     figure.savefig(path)
     return path
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """An exponential average over about a hundredth of the run, without its start-up bias."""
-    keep = 1 - 1 / max(2.0, len(values) / 100)
-    average, weight, out = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(average / weight)
-    return out
 
 
 def sparkline(folder: Path, width: int = 60) -> str:

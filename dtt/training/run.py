@@ -6,12 +6,13 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dtt import storage
+from dtt.config.load import to_yaml
 from dtt.config.schema import Config
 from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
@@ -19,14 +20,25 @@ from dtt.data.progress import progress
 from dtt.dist import Runtime
 from dtt.errors import ConfigError, DttError
 from dtt.huggingface.origin import initial_weights
+from dtt.metrics.background import Background
+from dtt.metrics.flops import training_flops
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
-from dtt.metrics.meter import Meter
-from dtt.metrics.trackers import TRACKERS, Tracker
-from dtt.model.decoder import count_active_parameters, count_parameters
+from dtt.metrics.meter import Cost, Meter
+from dtt.metrics.peak import find_peak
+from dtt.metrics.resources import Resources, require_resources, watch_machine
+from dtt.metrics.trackers import (
+    Opening,
+    Tracker,
+    find_tracker,
+    wanted,
+    without_passwords,
+)
+from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
 from dtt.model.fp8 import refuse_without_fp8
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
-from dtt.parallel.model import Reader
+from dtt.parallel.model import ParallelModel, Reader
+from dtt.parallel.waiting import knows_waits, reducer_waits
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
@@ -39,6 +51,7 @@ from dtt.training.folder import (
     write_run_files,
 )
 from dtt.training.load import check_weights, saved_config
+from dtt.training.memory import memory_explained
 from dtt.training.profile import StepProfiler
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
@@ -59,7 +72,8 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
     folder = run_folder(config)
     reporter = Reporter(None, config.logging.level)
     if not runtime.is_main:
-        yield _build(config, runtime, folder, reporter, resume, fresh)
+        with memory_explained(config, runtime, folder):
+            yield _build(config, runtime, folder, reporter, resume, fresh)
         return
     layout = resolve(config.parallel, config.model, runtime.ranks)
     divide(config.training, layout.data, layout.pipeline)  # refuse before anything is touched
@@ -69,8 +83,9 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
         run = None
         try:
             refuse_foreign_folder(folder)
-            run = _build(config, runtime, folder, reporter, resume, fresh)
-            yield run
+            with memory_explained(config, runtime, folder):
+                run = _build(config, runtime, folder, reporter, resume, fresh)
+                yield run
         except Exception as error:
             reporter.trace(traceback.format_exc())
             is_new &= isinstance(error, DttError)  # anything else has left its trace there
@@ -91,7 +106,7 @@ def _build(
     resume: str | None,
     fresh: bool,
 ) -> Run:
-    _require_trackers(config)
+    _require_packages(config)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=config.checkpoint.keep,
@@ -111,12 +126,8 @@ def _build(
     _refuse_settings(config, runtime.device, layout, dtype)
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
-    weights: Reader | None = None
-    if saved is None and config.init_from is not None:
-        weights = initial_weights(config, model, runtime, reporter.info)
-    if saved is not None:
-        check_weights(model, saved.shapes("model"), saved.path)
-        weights = SavedGroup(saved, "model")
+    names = [name for name, _ in model.named_parameters()]
+    weights = _weights(config, model, runtime, saved, reporter)
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
     state = _restore(saved, stepper)
     if runtime.is_main:
@@ -127,6 +138,7 @@ def _build(
         runtime=runtime,
         corpora=corpora,
         parameters=parameters,
+        parameter_names=names,
         stepper=stepper,
         loader=loader,
         steps=steps,
@@ -134,14 +146,27 @@ def _build(
         checkpoints=checkpoints,
         reporter=reporter,
         metrics=_metrics(config, corpora, runtime, folder, state.step, fresh),
-        trackers=_trackers(config, runtime, folder, reporter),
+        trackers=_trackers(config, runtime, folder, reporter, state.step),
         profiler=_profiler(config, runtime, folder, reporter),
-        meter=Meter(steps),
+        meter=_meter(config, stepper.model, dtype, steps),
+        resources=_resources(config, runtime),
         begun_at=state.step,
         again="the same command" + " without --fresh" * fresh,
     )
     announce(run, f"{dtype} ({why})")
     return run
+
+
+def _weights(
+    config: Config, model: Decoder, runtime: Runtime, saved: Saved | None, reporter: Reporter
+) -> Reader | None:
+    """Return the checkpoint's weights, else those of init_from; None: the run makes its own."""
+    if saved is not None:
+        check_weights(model, saved.shapes("model"), saved.path)
+        return SavedGroup(saved, "model")
+    if config.init_from is not None:
+        return initial_weights(config, model, runtime, reporter.info)
+    return None
 
 
 def _metrics(
@@ -183,26 +208,46 @@ def _refuse_settings(
         )
 
 
-def _require_trackers(config: Config) -> None:
+def _require_packages(config: Config) -> None:
     """Raise ConfigError for a missing package before anything of an old run is removed."""
-    for name in _wanted(config):
-        if find_spec(name) is None:
-            raise ConfigError(
-                f"logging.{name} is on, but the package {name} is missing",
-                f"pip install 'dtt[{name}]', or leave it off",
-            )
+    for name in wanted(config.logging):
+        find_tracker(name)
+    if config.logging.resources:
+        require_resources()
 
 
-def _trackers(config: Config, runtime: Runtime, folder: Path, reporter: Reporter) -> list[Tracker]:
+def _trackers(
+    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, step: int
+) -> list[Tracker]:
+    """Open what shows curves on the main rank, each in a thread of its own."""
     if not runtime.is_main:
         return []
-    settings = config.model_dump(mode="json")
-    return [TRACKERS[name](folder, settings, reporter.warning) for name in _wanted(config)]
+    shown = without_passwords(config.model_dump(mode="json"))
+    text = without_passwords(to_yaml(config))
+
+    def opened(name: str) -> Tracker:
+        make = find_tracker(name)
+        return Background(
+            name, lambda say: make(Opening(folder, shown, text, step, say)), reporter.warning
+        )
+
+    return [opened(name) for name in wanted(config.logging)]
 
 
-def _wanted(config: Config) -> list[str]:
-    wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb}
-    return [name for name, on in wanted.items() if on]
+def _meter(config: Config, model: ParallelModel, dtype: torch.dtype, steps: int) -> Meter:
+    """Return the meter; the rank that speaks knows the peak of its device, which all have."""
+    runtime = model.mesh.runtime
+    waits = knows_waits(model) if runtime.ranks > 1 else None
+    event = partial(torch.cuda.Event, enable_timing=True) if runtime.device.type == "cuda" else None
+    cost = None
+    if runtime.is_main:
+        flops = training_flops(config.model).total
+        cost = Cost(flops, find_peak(runtime.device, dtype), runtime.ranks)
+    return Meter(steps, cost, event=event, exchanged=reducer_waits(model), waits=waits)
+
+
+def _resources(config: Config, runtime: Runtime) -> Resources | None:
+    return watch_machine() if config.logging.resources and runtime.is_main else None
 
 
 def _profiler(
@@ -210,7 +255,7 @@ def _profiler(
 ) -> StepProfiler | None:
     if not config.logging.profile or not runtime.is_main:
         return None
-    return StepProfiler(folder, reporter.info)
+    return StepProfiler(folder, config.logging.profile_steps, reporter.info)
 
 
 def _share_corpora(config: Config, runtime: Runtime, reporter: Reporter) -> Corpora:

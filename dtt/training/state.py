@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,9 @@ from dtt.data.packing import PackedWindows
 from dtt.dist import Runtime
 from dtt.errors import StorageError
 from dtt.metrics.loggers import MetricsFile, Reporter
-from dtt.metrics.meter import Meter, short_count
+from dtt.metrics.meter import Cost, Meter, short_count, short_flops
+from dtt.metrics.peak import measure_again
+from dtt.metrics.resources import Resources
 from dtt.metrics.trackers import Tracker
 from dtt.tokenizer import fingerprint
 from dtt.training.checkpoint import Checkpoints
@@ -51,6 +52,8 @@ class Run:
     corpora: Corpora
     parameters: tuple[int, int]
     """Of the whole model, and those of them that a token passes."""
+    parameter_names: list[str]
+    """Of the whole model."""
     stepper: Stepper
     loader: Loader
     steps: int
@@ -61,10 +64,13 @@ class Run:
     trackers: list[Tracker]
     profiler: StepProfiler | None
     meter: Meter
+    resources: Resources | None
     begun_at: int
     """The step at which this process took the run up."""
     again: str
     """What a person says to go on with this run."""
+    mistrusted: bool = False
+    """Whether it was said that the MFU cannot be right."""
 
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
@@ -104,10 +110,57 @@ class Run:
             step, tensors, state, files, best_loss=best_loss, parts=parts, work=work
         )
 
-    def track(self, figures: Mapping[str, float | None]) -> None:
-        """Show the figures of this step wherever curves are wanted."""
+    def report(self, readings: Mapping[str, float]) -> None:
+        """Say and write how the run does, given the figures of the step that is done."""
+        with self.meter.part("logging"):
+            figures = self.meter.read(self.state.step)
+            figures |= {} if self.resources is None else self.resources.read()
+            if figures.get("mfu", 0.0) > 1:
+                figures |= self._checked(figures.pop("mfu"))
+            if self.metrics is not None:
+                self.metrics.write(step=self.state.step, **figures)
+                self.metrics.flush()
+            self.reporter.step(self.state.step, {**readings, **figures})
+            self.track(dict(_tracked({**readings, **figures})))
+
+    def report_rest(self) -> None:
+        """Write where the time went since the last report; call it when all is done."""
+        times = self.meter.read_rest()
+        if self.metrics is not None:
+            self.metrics.write(step=self.state.step, **times)
+
+    def _checked(self, mfu: float) -> dict[str, float]:
+        """Return the MFU if it is right after all: above 100% the meter is wrong, not the run.
+
+        A peak that was measured while something else was at work is measured again.
+        """
+        cost = self.meter.cost
+        assert cost is not None
+        dtype = self.stepper.model.stages[0].model.compute_dtype
+        peak = measure_again(self.runtime.device, dtype, cost.peak)
+        self.meter.cost = replace(cost, peak=peak)
+        mfu *= cost.peak.flops / peak.flops
+        if mfu <= 1:
+            return {"mfu": mfu}
+        if not self.mistrusted:
+            self.mistrusted = True
+            self.reporter.warning(
+                f"the meter is wrong: an MFU of {mfu:.0%}, {short_flops(cost.flops)}FLOP a token "
+                f"against a {peak.source} peak of {short_flops(peak.flops)}FLOP/s on each of "
+                f"{cost.devices} devices; figures above 100% are left out"
+            )
+        return {}
+
+    def track(self, figures: Mapping[str, float | None], step: int | None = None) -> None:
+        """Show the figures of a step (the last that is done) wherever curves are wanted."""
         for tracker in self.trackers:
-            tracker.log(self.state.step, figures)
+            tracker.log(self.state.step if step is None else step, figures)
+
+    def show_picture(self, path: Path | None) -> None:
+        """Show the picture of the loss, if there is one, wherever curves are wanted."""
+        for tracker in self.trackers:
+            if path is not None:
+                tracker.picture(self.state.step, path.stem, path)
 
     def close(self) -> None:
         """Close what the run has open, after the save under way if there is one."""
@@ -115,6 +168,8 @@ class Run:
             self.checkpoints.finish()
         if self.metrics is not None:
             self.metrics.close()
+        if self.resources is not None:
+            self.resources.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -130,12 +185,17 @@ class Run:
             "optimizer": self.stepper.optimizer.named_state(),
         }
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the tokens per second."""
-        start = time.perf_counter()
-        yield
-        self.meter.paused(time.perf_counter() - start)
+
+def _tracked(figures: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield figures by the names that trackers have them by; parts of time as shares."""
+    seconds = max(figures["interval_seconds"], 1e-9)
+    for name, value in figures.items():
+        if name.startswith("time_"):
+            yield f"time/{name.removeprefix('time_')}", value / seconds
+        elif name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds_left"):
+            yield f"train/{name}", value
+        elif name != "interval_seconds":
+            yield f"machine/{name}", value
 
 
 def announce(run: Run, precision: str) -> None:
@@ -157,8 +217,19 @@ def announce(run: Run, precision: str) -> None:
         "length": f"{run.steps} steps, {run.steps / run.loader.steps_per_epoch:.2f} epochs; "
         f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",
     }
+    if run.meter.cost is not None:
+        rows["MFU"] = _utilisation(run.meter.cost)
     for key, value in rows.items():
         run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))
+
+
+def _utilisation(cost: Cost) -> str:
+    """Say what 100% would be."""
+    devices = f" x {cost.devices}" if cost.devices > 1 else ""
+    return (
+        f"of {short_flops(cost.peak.flops)}FLOP/s{devices}, {cost.peak.source}; "
+        f"{short_flops(cost.flops)}FLOP a token, forward and backward"
+    )
 
 
 def _parameters(run: Run) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dtt.metrics.loggers import MetricsFile, Reporter, perplexity, read_metrics
 
@@ -101,6 +104,40 @@ def test_the_reporter_writes_what_it_says(
         "WARNING look out",
         "ERROR a traceback",
     ]
+
+
+FIGURES = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 950.0, "mfu": 0.413}
+FIGURES |= {"seconds_left": 90.0, "interval_seconds": 2.0, "time_data": 0.25, "time_saving": 0.01}
+
+
+def test_lines_say_what_slows_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(tmp_path, "info")
+    reporter.total(200)
+    reporter.step(3, FIGURES)
+    reporter.close()
+    assert capsys.readouterr().out.endswith("950 tok/s  MFU 41%  1m30s left  (data 12%)\n")
+
+
+def test_on_a_terminal_steps_are_rows_of_a_table(tmp_path: Path) -> None:
+    reporter, out = Reporter(tmp_path, "info"), io.StringIO()
+    reporter._console = Console(file=out, force_terminal=True, width=80, highlight=False)
+    reporter.total(4000)
+    with reporter.bar(0):
+        for step in range(1, 31):
+            reporter.advance(step, 2.0)
+            reporter.step(step, FIGURES | {"loss": 12.5, "tokens_per_second": 999e3, "mfu": 1})
+    reporter.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    heads = [line for line in lines if "tok/s" in line]
+    rows = [line for line in lines if line.lstrip().startswith(("1/", "30/")) and "2.683" in line]
+    assert len(heads) == 2 and len(rows) == 2  # a head again after some rows
+    assert all(row.endswith("  (data 12%)") for row in rows)  # not wrapped
+    table = [*heads, *(row.removesuffix("  (data 12%)") for row in rows)]
+    assert len({len(line) for line in table}) == 1
+    assert any("step 30/4000" in line and "loss 2.000" in line for line in lines)  # the live line
+    log = (tmp_path / "logs" / "train.log").read_text(encoding="utf-8").splitlines()
+    assert len(log) == 30 and "tok/s  MFU 100%" in log[0]  # lines there, whatever the console has
 
 
 def test_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

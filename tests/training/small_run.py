@@ -105,18 +105,20 @@ def start(
     environ: dict[str, str] | None = None,
     die: tuple[int, int] | None = None,
     slow: float = 0.0,
+    lag: tuple[int, float] | None = None,
     grace: float = elastic_agent.GRACE,
     machine: Machine | None = None,
 ) -> Any:
     """Start `dtt ARGV` in `folder`; `die` = (rank, step): SIGKILL there, in the midst of a step.
 
-    That step is counted from the rank's start, and only its first start dies. `grace` is how many
-    seconds workers have to end when another one has died. On a `machine` it is the launcher of
-    that machine's workers that is started; its output is in a folder of the machine's name.
+    That step is counted from the rank's start, and only its first start dies. `lag` = (rank,
+    seconds): that one is late with each step by so many. `grace` is how many seconds workers have
+    to end when another one has died. On a `machine` it is the launcher of that machine's workers
+    that is started; its output is in a folder of the machine's name.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = (folder, argv, environ or {}, die, slow, grace, machine)
+    arguments = (folder, argv, environ or {}, die, slow, lag, grace, machine)
     process = context.Process(target=_main, args=arguments)
     process.start()
     return process
@@ -146,6 +148,7 @@ def _main(
     environ: dict[str, str],
     die: tuple[int, int] | None,
     slow: float,
+    lag: tuple[int, float] | None,
     grace: float,
     machine: Machine | None,
 ) -> None:
@@ -170,7 +173,15 @@ def _main(
             signal.sigtimedwait([], slow)
         whole(self, factor)
 
+    begin = Stepper.step
+
+    def step(self: Stepper, *arguments: Any) -> StepResult:
+        if lag is not None and self.runtime.rank == lag[0]:
+            time.sleep(lag[1])
+        return begin(self, *arguments)
+
     steps, died = [0], folder / f"died-{os.getpid()}"
+    Stepper.step = step  # type: ignore[method-assign]
     Stepper.update = update  # type: ignore[method-assign]
     code = cli.main(argv) if machine is None else elastic.main([*machine.words, *argv])
     sys.stdout.flush()

@@ -18,6 +18,7 @@ from dtt.cli import main
 from dtt.config.schema import Training
 from dtt.dist import Place, Runtime
 from dtt.errors import ConfigError, NumericError
+from dtt.metrics.meter import Meter
 from dtt.training.batching import divide
 from dtt.training.loop import Due, Readings, _refuse_bad_weights
 from dtt.training.picture import draw_loss, sparkline
@@ -36,6 +37,8 @@ def when(question: Any, steps: int = 10) -> list[int]:
 
 def test_what_is_due() -> None:
     assert when(due(logging__every="4").log) == [1, 4, 8, 10]
+    assert when(due(logging__norms_every="3").norms) == [3, 6, 9]
+    assert when(due().norms) == []
     assert when(due(evaluation__every="3").evaluate) == [3, 6, 9, 10]
     assert when(due(evaluation__every="0").evaluate) == [10]
     assert when(due(checkpoint__every="5").checkpoint) == [5, 10]
@@ -70,6 +73,7 @@ def readings(device: str = "cpu", scaling: bool = False) -> tuple[Readings, list
         stepper=SimpleNamespace(scaler=SimpleNamespace(is_enabled=lambda: scaling)),
         config=small_config({"optimizer.lr": "0.5"}),
         metrics=SimpleNamespace(write=lambda **figures: rows.append(figures)),
+        meter=Meter(10),
     )
     return Readings(run), rows  # type: ignore[arg-type]
 

@@ -1,0 +1,127 @@
+"""What the machine does meanwhile: CPU, memory, disk, network, GPUs, sampled in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from dtt.errors import ConfigError
+
+EVERY = 2.0
+"""Seconds between samples."""
+
+Sample = Callable[[], dict[str, float]]
+
+
+class Resources:
+    """Means since the last reading of what `samples` find, each called in a thread of its own.
+
+    A source that fails is left out from then on, and one that blocks blocks only its own figures.
+    """
+
+    def __init__(self, samples: dict[str, Sample], every: float = EVERY) -> None:
+        self._every, self._lock, self._stop = every, threading.Lock(), threading.Event()
+        self._sums: dict[str, tuple[float, int]] = {}
+        for name, sample in samples.items():
+            thread = threading.Thread(
+                target=self._watch, args=(sample,), name=f"dtt-{name}", daemon=True
+            )
+            thread.start()
+
+    def read(self) -> dict[str, float]:
+        """Return the mean of each figure since the last reading; none where there is no sample."""
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        return {name: total / count for name, (total, count) in sums.items()}
+
+    def close(self) -> None:
+        """Take no more samples; nothing is waited for."""
+        self._stop.set()
+
+    def _watch(self, sample: Sample) -> None:
+        while not self._stop.wait(self._every):
+            try:
+                found = sample()
+            except Exception:  # a driver that was reset, a process that may not look
+                return
+            with self._lock:
+                for name, value in found.items():
+                    total, count = self._sums.get(name, (0.0, 0))
+                    self._sums[name] = total + value, count + 1
+
+
+def require_resources() -> None:
+    """Raise ConfigError where logging.resources cannot be had."""
+    if find_spec("psutil") is None:
+        raise ConfigError(
+            "logging.resources is on, but the package psutil is missing",
+            "pip install 'dtt[monitor]', or leave it off",
+        )
+
+
+def watch_machine() -> Resources:
+    """Sample this machine and, where NVIDIA's library sees any, its GPUs."""
+    samples = {"machine": machine_sample()}
+    gpus = gpu_sample()
+    return Resources(samples if gpus is None else samples | {"gpus": gpus})
+
+
+def machine_sample() -> Sample:
+    """Return what samples CPU (percent of all cores; of this process, of one), memory in use in
+    bytes (this process's is resident), and bytes per second of disks and network."""
+    import psutil
+
+    process = psutil.Process(os.getpid())
+    process.cpu_percent(), psutil.cpu_percent()  # the first call only starts the count
+    before: list[Any] = [time.monotonic(), psutil.disk_io_counters(), psutil.net_io_counters()]
+
+    def sample() -> dict[str, float]:
+        now, disk, net = time.monotonic(), psutil.disk_io_counters(), psutil.net_io_counters()
+        then, old_disk, old_net = before
+        before[:] = now, disk, net
+        seconds = max(now - then, 1e-9)
+        found = {
+            "cpu_percent": psutil.cpu_percent(),
+            "process_cpu_percent": process.cpu_percent(),
+            "memory_used": float(psutil.virtual_memory().used),
+            "process_memory": float(process.memory_info().rss),
+        }
+        if disk is not None and old_disk is not None:  # none in some containers
+            found["disk_read_per_second"] = (disk.read_bytes - old_disk.read_bytes) / seconds
+            found["disk_written_per_second"] = (disk.write_bytes - old_disk.write_bytes) / seconds
+        if net is not None and old_net is not None:
+            found["network_received_per_second"] = (net.bytes_recv - old_net.bytes_recv) / seconds
+            found["network_sent_per_second"] = (net.bytes_sent - old_net.bytes_sent) / seconds
+        return found
+
+    return sample
+
+
+def gpu_sample() -> Sample | None:
+    """Return what samples load (percent), memory (bytes) and power (watts) of each NVIDIA GPU of
+    this machine; None where there is none, or no library to ask."""
+    if find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return None
+    if not handles:
+        return None
+
+    def sample() -> dict[str, float]:
+        found = {}
+        for index, handle in enumerate(handles):
+            found[f"gpu_percent/{index}"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            found[f"gpu_memory/{index}"] = float(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+            found[f"gpu_watts/{index}"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        return found
+
+    return sample
