@@ -71,8 +71,6 @@ def _read(name: str, wanted: Part, places: list[tuple[Any, Part | None]]) -> Ten
         part = part or Part.all_of(tuple(stored.get_shape()))
         for here, there in shared_blocks(wanted, part):
             block = stored[there] if there else file.get_tensor(name)
-            if tuple(block.shape) == wanted.local_shape:
-                return block
             if found is None:
                 found = torch.empty(wanted.local_shape, dtype=block.dtype)
                 missing = found.numel()
