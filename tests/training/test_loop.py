@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from dtt.metrics.meter import Meter
 from dtt.training.batching import divide
 from dtt.training.loop import Due, Readings, _refuse_bad_weights
 from dtt.training.picture import draw_loss, sparkline
-from dtt.training.preemption import SIGNALS, Preemption
+from dtt.training.preemption import SIGNALS, Preemption, exit_on_preemption
 from dtt.training.step import StepResult
 
 
@@ -111,6 +112,19 @@ def test_with_loss_scaling_a_gradient_may_overflow() -> None:
     assert len(rows) == 1
     with pytest.raises(NumericError):
         read.add(2, 8, 1.0, result(float("nan")))
+
+
+def test_a_signal_whose_exit_is_dropped_is_not_lost() -> None:
+    """As in a callback of logging at a fork: Python prints what is raised there, and goes on."""
+    with pytest.raises(SystemExit) as end, exit_on_preemption():
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        with Preemption() as preemption:
+            assert preemption.asked()
+        raise RuntimeError("what other code made of the exit")
+    assert end.value.code == 75
+    with exit_on_preemption(), Preemption() as preemption:
+        assert not preemption.asked()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

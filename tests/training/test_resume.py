@@ -188,7 +188,8 @@ def test_a_signal_before_the_first_step_is_a_preemption_too(folder: Path, ranks:
     os.kill(process.pid, signal.SIGTERM)
     done = wait(process, folder)
     assert (done.code, done.err) == (75, "")
-    assert losses(RUN) == {} if (RUN / "metrics.jsonl").exists() else True
+    # Where the signal came just as the loop began, it took the one step that it was in.
+    assert not (RUN / "metrics.jsonl").exists() or set(losses(RUN)) <= {1}
 
 
 def test_a_signal_to_one_rank_stops_all(folder: Path, uninterrupted: Uninterrupted) -> None:
