@@ -18,7 +18,7 @@ ONE, TWO, PORT = "dttmt1", "dttmt2", "29517"
 FRONT = {ONE: "10.77.0.1", TWO: "10.77.0.2"}
 BACK = {ONE: "10.78.0.1", TWO: "10.79.0.2"}
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 
 
 def ip(*words: str) -> subprocess.CompletedProcess[str]:

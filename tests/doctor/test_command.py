@@ -31,6 +31,7 @@ def doctor(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.thorough
 def test_this_machine_is_examined(tmp_path: Path) -> None:
     done = doctor(tmp_path, "--json")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -15,7 +15,7 @@ import pytest
 
 from dtt.doctor import roll
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 PLANTED = str(Path(__file__).with_name("planted.py"))
 MPIRUN = shutil.which(
     "mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

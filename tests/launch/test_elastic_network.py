@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_run import await_step, flags, samples
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 RUN = Path("runs/small")
 NAMES = ("dttel1", "dttel2")
 HOSTS = "127.0.0.1 localhost\n" + "".join(f"10.79.0.{i} {n}\n" for i, n in enumerate(NAMES, 1))

@@ -28,7 +28,7 @@ from small_run import (
 from dtt.launch import elastic
 from dtt.machine import free_port
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 RUN = Path("runs/small")
 SETTINGS = {
     "optimizer.name": "adamw",

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from small_run import flags, losses, write_text
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 
 MPIRUNS = {
     "mpich": shutil.which("mpirun", path=str(Path(sys.executable).parent)),

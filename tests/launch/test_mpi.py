@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 
 BESIDE = str(Path(sys.executable).parent)
 OPEN_MPI = ("--allow-run-as-root", "--oversubscribe")

@@ -19,7 +19,7 @@ from dtt.launch import slurm as engine
 from dtt.launch import watch
 from dtt.launch.job import Job
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 RUN = Path("runs/small")
 PAUSE = "checkpoint.snapshot@step=8:sleep=4"
 """Rank 0 waits at step 8: time to do something to the job."""
