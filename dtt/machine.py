@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import socket
 import sys
 
@@ -35,7 +37,13 @@ def cores() -> int:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of this machine that nobody listens on.
+
+    Below those that the kernel hands out (Linux: 32768 to 60999), of which another process could be
+    given the same a moment later.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dtt import alarm, dist, room
+from dtt import alarm, dist, machine, room
 from dtt.errors import EXIT_INTERNAL, DttError
 from dtt.place import find_place
 from dtt.reporting import report_error
@@ -78,9 +78,7 @@ class Rank:
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(machine.free_port())
 
 
 def by_hand(rank: int, ranks: int, port: str, **more: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 
 from dtt.doctor.examination import CHECKS
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 
 
@@ -31,7 +31,6 @@ def doctor(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.thorough
 def test_this_machine_is_examined(tmp_path: Path) -> None:
     done = doctor(tmp_path, "--json")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ from dtt.metrics.progress import Progress
 
 TWO = ["node1", "node2"]
 READY = Path(slurm.__file__).parents[2] / "sbatch"
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """What the command ignores, the processes of later tests would ignore, too."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def attempt(begun: int, ended: int, *failed: str) -> Attempt:

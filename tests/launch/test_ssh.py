@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from golden_files import PYTHON, text
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 
 # As sshd does: the command goes to a shell; what it starts does not get the signals of this side.
 SSH = """#!/usr/bin/env bash
