@@ -239,7 +239,7 @@ def test_training_on_a_gpu_is_measured_by_code_that_a_cpu_runs() -> None:
 @pytest.mark.parametrize(
     ("part", "cells"),
     [
-        ("ways", ["one rank", "DDP 2", "FSDP2 2", "FSDP2 2, not resharded", "TP 2"]),
+        ("ways", ["one rank", "one rank, twice the batch", "DDP 2", "DDP 2, twice the batch"]),
         ("muon", ["adamw", "muon"]),
         ("checkpoint", ["save, shard 4, until the last rank has it on the disk"]),
         ("start", ["DDP 4"]),
