@@ -16,8 +16,7 @@ from torch import Tensor
 from dtt import storage
 from dtt.data.progress import Advance, progress, silent
 from dtt.errors import EXIT_DONE
-from dtt.model.attention import Cache
-from dtt.model.decoder import Decoder
+from dtt.model.language_model import LanguageModel, Memory
 from dtt.tokenizer import Tokenizer
 from dtt.training.load import LoadedRun, load_run
 
@@ -69,7 +68,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def stream_tokens(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     count: int,
     sampling: Sampling,
@@ -89,7 +88,7 @@ def stream_tokens(
     rows = [list(prompt)[-limit:] for prompt in prompts]
     draws = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
     ended = [False] * len(rows)
-    cache: Cache | None = None
+    cache: Memory | None = None
     for step in range(count):
         if cache is None or cache.length == limit:
             # Each row by its own length, so that neighbours do not matter; an ended one is idle.
@@ -100,7 +99,7 @@ def stream_tokens(
             longest = fed.shape[1]
             padding = torch.tensor([longest - len(row) for row in rows], device=device)
             capacity = min(limit, longest + count - step)
-            cache = Cache(model.settings, len(rows), capacity, padding, model.compute_dtype)
+            cache = model.memory(padding, capacity)
         logits = model.next_logits(fed, cache)[:, :vocab_size]
         if sampling.temperature < GREEDY_BELOW:
             chosen = logits.argmax(-1)
@@ -138,7 +137,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def sample_texts(
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     count: int,

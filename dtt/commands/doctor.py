@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     config, error = load_config(), None
     try:
         config = parser.config(options)
-        if config.init_from is not None:
+        if config.is_described_elsewhere:
             from dtt.huggingface.origin import with_origin
 
             config = with_origin(config)

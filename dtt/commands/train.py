@@ -11,7 +11,7 @@ def run(argv: list[str]) -> int:
     parser = train_parser()
     options = parser.parse(argv)
     config = parser.config(options)
-    if config.init_from is not None:
+    if config.is_described_elsewhere:
         from dtt.huggingface.origin import with_origin
 
         config = with_origin(config, options.fresh)

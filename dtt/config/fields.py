@@ -48,6 +48,10 @@ class Leaf:
         return self.annotation is bool
 
     @property
+    def is_mapping(self) -> bool:
+        return get_origin(self.annotation) is dict
+
+    @property
     def is_list(self) -> bool:
         return get_origin(self.annotation) is tuple
 
@@ -161,12 +165,15 @@ def _walk(section: type[Section], prefix: str) -> Iterator[Leaf]:
             yield Leaf(f"{path}.name", names, doc, "|".join(members), chosen)
             for tag, kind in members.items():
                 for leaf in _walk(kind, f"{path}."):
-                    if leaf.path != f"{path}.name":
+                    if leaf.members:  # of a union within this one
+                        yield leaf
+                    elif leaf.path != f"{path}.name":
                         yield replace(leaf, default=f"{tag} {leaf.default}", members=(tag,))
         elif inner is not None:
             yield from _walk(inner, f"{path}.")
         else:
-            default = "required" if field.is_required() else show(field.get_default())
+            value = field.get_default(call_default_factory=True)
+            default = "required" if field.is_required() else show(value)
             kind_text = " ".join([type_text(field.annotation), *_bounds(field.metadata)])
             yield Leaf(path, field.annotation, field.description or "", kind_text, default)
 
@@ -196,6 +203,8 @@ def type_text(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         kinds = [type_text(kind) for kind in arguments if kind is not type(None)]
         return " or ".join([*kinds, "null"] if type(None) in arguments else kinds)
+    if origin is dict:
+        return "keys and values"
     if origin is tuple:
         if list_item(FieldInfo.from_annotation(annotation)):
             return "list of sections"
@@ -208,6 +217,8 @@ def show(value: Any) -> str:
     """A default as it would be typed in YAML: null, true, [0.9, 0.95]."""
     if value is None:
         return "null"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

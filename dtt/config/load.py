@@ -14,6 +14,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from dtt.config.explain import error_lines
+from dtt.config.familiar import in_our_words
 from dtt.config.fields import Leaf, is_optional, leaves, subsection, union_members
 from dtt.config.layers import Layer, file_layers, preset_layers
 from dtt.config.schema import Config
@@ -92,7 +93,7 @@ def parse_value(leaf: Leaf | None, text: str) -> Any:
     arguments = get_args(leaf.annotation) if leaf else ()
     if leaf is None or (text in ("null", "none", "None") and type(None) in arguments):
         return text if leaf is None else None
-    is_text = not leaf.is_list and str in (leaf.annotation, *arguments)
+    is_text = not leaf.is_list and not leaf.is_mapping and str in (leaf.annotation, *arguments)
     if text.startswith(("[", "{")) and not is_text:
         return parse_inline(text)
     if leaf.path in ESCAPED:
@@ -119,7 +120,7 @@ def _number(text: str) -> int | float | str:
 def _fold(layers: Iterable[Layer]) -> Layer:
     """All layers in one; the later ones win, and a preset replaces the model below it."""
     result = Layer({})
-    for layer in layers:
+    for layer in map(in_our_words, layers):
         model = layer.tree.get("model")
         preset = model.get("preset") if isinstance(model, dict) else None
         if isinstance(preset, str):

@@ -1,4 +1,4 @@
-"""Settings of the decoder."""
+"""Settings of the model: dtt's decoder, or one of `transformers`."""
 
 from __future__ import annotations
 
@@ -82,8 +82,10 @@ class Experts(Section):
 
 
 class Model(Section):
-    """The decoder: GPT-2, Llama, Mixtral and Qwen3 are settings of it."""
+    """dtt's decoder: GPT-2, Llama, Mixtral and Qwen3 are settings of it."""
 
+    name: Literal["decoder"] = "decoder"
+    """Whose code the model is: dtt's, or (hf) that of `transformers`."""
     preset: str | None = None
     """Start from the model settings of this preset (`dtt config presets` lists them)."""
     dim: int = Field(128, gt=0)
@@ -174,3 +176,44 @@ class Model(Section):
                 "no block would have experts"
             )
         return self
+
+
+class HfModel(Section):
+    """A causal language model of `transformers`, by its own code (needs dtt[hf])."""
+
+    name: Literal["hf"] = "hf"
+    """Whose code the model is: dtt's, or (hf) that of `transformers`."""
+    architecture: str | None = Field(None, min_length=1)
+    """A model_type of `transformers` (gpt2, llama, ...), or a folder or ORG/NAME[@REVISION] whose
+    config.json describes the model; null: that of `init_from`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the architecture by its own names, as in config.json: {hidden_size: 256}."""
+    context: int = Field(288, gt=0)
+    """Longest sequence, in tokens; training windows have this length."""
+    vocab_size: int | None = Field(None, gt=0)
+    """Rows of the embedding; null: the tokenizer's size, or what the folder of `init_from` has."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of activations dropped in training, wherever the architecture drops any."""
+
+    @property
+    def experts(self) -> None:
+        """dtt balances experts in its own decoder only; a model with others is refused."""
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks, once the settings are complete."""
+        return int(self.settings["num_hidden_layers"])
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream, once the settings are complete."""
+        return int(self.settings["hidden_size"])
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads, once the settings are complete."""
+        return int(self.settings["num_attention_heads"])
+
+
+AnyModel = Model | HfModel
+"""What a run can train."""

@@ -8,12 +8,12 @@ description in the JSON schema. Adding a setting = adding a field here and readi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from dtt.config.data import Bpe, Data, Tokenizer
-from dtt.config.model import Model
+from dtt.config.model import HfModel, Model
 from dtt.config.optim import Muon, Optimizer, Schedule
 from dtt.config.parallel import Parallel
 from dtt.config.section import Section
@@ -141,8 +141,8 @@ class Config(Section):
     with the model that its config.json describes, and its tokenizer unless one is set."""
     init_ignore_code: bool = False
     """Start from `init_from` though the folder has code of its own; the code never runs."""
-    model: Model = Model()
-    """The decoder."""
+    model: Annotated[Model | HfModel, Field(discriminator="name")] = Model()
+    """What is trained."""
     tokenizer: Tokenizer = Bpe()
     """How text becomes tokens."""
     data: Data = Data()
@@ -163,6 +163,21 @@ class Config(Section):
     """What is saved."""
     logging: Logging = Logging()
     """What is shown."""
+
+    @property
+    def is_described_elsewhere(self) -> bool:
+        """Whether the model follows from a folder, the Hub or `transformers`
+        (dtt.huggingface.origin.with_origin)."""
+        return self.init_from is not None or isinstance(self.model, HfModel)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_model(cls, data: Any) -> Any:
+        # Files of older versions, and people who mean the decoder, do not say whose code it is.
+        model = data.get("model") if isinstance(data, dict) else None
+        if isinstance(model, dict) and "name" not in model:
+            return {**data, "model": {"name": Model().name, **model}}
+        return data
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Config:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dtt.config.data import Data, data_of_parts
 from dtt.config.data import Tokenizer as TokenizerSettings
+from dtt.config.model import HfModel
 from dtt.config.remote import Hub, Remote
 from dtt.config.schema import Config
 from dtt.doctor.disk import BYTES_OF_PARAMETER
@@ -144,6 +145,9 @@ def check_model(subject: Subject) -> Iterator[Finding]:
         yield skipped("the configuration does not load")
         return
     config = subject.config
+    if isinstance(config.model, HfModel):
+        yield skipped("how much memory a model of transformers needs is not estimated")
+        return
     subject.parameters = subject.bench.run(count, config, seconds=30)
     try:
         layout = resolve(config.parallel, config.model, subject.ranks)

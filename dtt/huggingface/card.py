@@ -14,7 +14,8 @@ from dtt.config.sources import source_label
 from dtt.config.yaml_text import write_yaml
 from dtt.huggingface.hub import NAME
 from dtt.metrics.loggers import read_metrics
-from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
+from dtt.model.decoder import count_active_parameters, count_parameters
+from dtt.model.kinds import empty_model
 from dtt.training.saved import Saved
 from dtt.version import __version__
 
@@ -103,8 +104,7 @@ def card(
 
 
 def _facts(saved: Saved, config: Config, run: Path) -> dict[str, str]:
-    with torch.device("meta"):
-        model = Decoder(config.model)
+    model = empty_model(config.model)
     total, active = count_parameters(model), count_active_parameters(model)
     sources = [source_label(data.source) for data in data_of_parts(config.data)]
     found = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dtt import storage
+from dtt.config.model import HfModel, Model
 from dtt.config.schema import Config
 from dtt.config.yaml_text import write_yaml
 from dtt.errors import EXIT_DONE, CheckpointError, ConfigError, DttError
@@ -25,10 +26,13 @@ from dtt.huggingface.families import Family
 from dtt.huggingface.folder import open_folder
 from dtt.huggingface.pieces import Piece, pieces, whole, zero_biases
 from dtt.huggingface.proof import prove, require_transformers
+from dtt.huggingface.theirs import architecture_of, prove_same, theirs_json
 from dtt.huggingface.settings import to_json
 from dtt.huggingface.tokenizers import first_difference, tokenizer_files
 from dtt.huggingface.writer import Row, write_weights
 from dtt.model.decoder import Decoder
+from dtt.model.kinds import empty_model
+from dtt.model.language_model import LanguageModel
 from dtt.parallel.part import Part
 from dtt.tokenizer import Tokenizer
 from dtt.training.load import check_weights, saved_config, saved_tokenizer
@@ -48,7 +52,9 @@ class Export:
     tokenizer: Tokenizer
     run: Path
     family: Family | None
-    """None: dtt's own names."""
+    """What dtt's decoder becomes; None: tensors keep the names that they have in the run."""
+    theirs: str | None
+    """The class of a model that is one of `transformers` already."""
     dtype: torch.dtype
     proven: dict[str, str] = field(default_factory=dict)
     """What it is of, and what was found, in words."""
@@ -58,9 +64,14 @@ class Export:
         return self.saved.shapes("model")
 
     def pieces_of(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
-        if self.family is None:
+        if self.family is None or not isinstance(self.config.model, Model):
             return whole(name, shape)
         return pieces(self.family, self.config.model, name, shape)
+
+    @property
+    def architecture(self) -> str | None:
+        """The class of `transformers` that opens the folder; None: dtt's own names."""
+        return self.family.architecture if self.family else self.theirs
 
     def rows(self) -> list[Row]:
         """Return every tensor to write, with what reads it."""
@@ -69,7 +80,7 @@ class Export:
             for name, shape in self._ordered()
             for piece in self.pieces_of(name, shape)
         ]
-        if self.family is not None:
+        if self.family is not None and isinstance(self.config.model, Model):
             missing = zero_biases(self.family, self.config.model, self.shapes)
             made += [Row(piece, partial(torch.zeros, piece.shape)) for piece in missing]
         return made
@@ -77,16 +88,14 @@ class Export:
     def _ordered(self) -> list[tuple[str, tuple[int, ...]]]:
         """Our tensors in the order of the model, since files of a large one are read in order."""
         shapes = self.shapes
-        with torch.device("meta"):
-            return [(name, shapes[name]) for name in Decoder(self.config.model).state_dict()]
+        return [(name, shapes[name]) for name in empty_model(self.config.model).state_dict()]
 
     def _read(self, name: str, piece: Piece) -> Tensor:
         return piece.from_ours(self.saved.part("model", name, piece.part))
 
-    def decoder(self) -> Decoder:
+    def model(self) -> LanguageModel:
         """Return our model with the values that are exported, in fp32."""
-        with torch.device("meta"):
-            model = Decoder(self.config.model)
+        model = empty_model(self.config.model)
         values = {
             name: self.saved.part("model", name, Part.all_of(shape)).to(self.dtype).float()
             for name, shape in self.shapes.items()
@@ -101,10 +110,13 @@ def open_export(path: Path | None, checkpoint: str, to: str, dtype: str) -> Expo
     run = find_run(path)
     saved = open_checkpoint(path or run, checkpoint, ("model",))
     config = saved_config(saved)
-    with torch.device("meta"):
-        check_weights(Decoder(config.model), saved.shapes("model"), saved.path)
-    family = family_of(config.model) if to == "hf" else None
-    return Export(saved, config, saved_tokenizer(saved), run, family, TYPES[dtype])
+    check_weights(empty_model(config.model), saved.shapes("model"), saved.path)
+    family, theirs = None, None
+    if to == "hf" and isinstance(config.model, Model):
+        family = family_of(config.model)
+    elif to == "hf":
+        theirs = architecture_of(config.model)
+    return Export(saved, config, saved_tokenizer(saved), run, family, theirs, TYPES[dtype])
 
 
 def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
@@ -118,11 +130,11 @@ def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
     storage.make_folder(temporary)
     try:
         write_weights(temporary, export.rows(), export.dtype)
-        if export.family is None:
+        if export.architecture is None:
             _write_own(export, temporary)
         else:
-            _write_stock(export, temporary, export.family, verify)
-        label = export.family.architecture if export.family else None
+            _write_stock(export, temporary, verify)
+        label = export.architecture
         usable = label is not None and (temporary / "tokenizer.json").exists()
         text = card(
             export.saved,
@@ -168,24 +180,28 @@ def _write_own(export: Export, folder: Path) -> None:
     export.proven["read back"] = "every value is that of the run"
 
 
-def _write_stock(export: Export, folder: Path, family: Family, verify: bool) -> None:
-    config, tokenizer = export.config.model, export.tokenizer
-    kind = str(export.dtype).removeprefix("torch.")
-    data = to_json(config, family, tokenizer.end_of_text, kind)
+def _write_stock(export: Export, folder: Path, verify: bool) -> None:
+    """What `transformers` opens; with `verify`, logits and tokens are compared."""
+    model, tokenizer, family = export.config.model, export.tokenizer, export.family
     end = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     generation = {"_from_model_config": True, **end, "pad_token_id": tokenizer.end_of_text}
     own = export.config.tokenizer.name != "file"
     files = {
-        "config.json": json.dumps(data, indent=2) + "\n",
+        "config.json": json.dumps(_config_json(export), indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        **tokenizer_files(tokenizer, own, config.context),
+        **tokenizer_files(tokenizer, own, model.context),
     }
     for name, text in files.items():
         storage.write_atomic(folder / name, text)
-    open_folder(folder, family, config, export.shapes)  # as init_from will
+    if family is not None and isinstance(model, Model):
+        open_folder(folder, family, model, export.shapes)  # as init_from will
     if not verify:
         return
-    worst = prove(folder, family, export.decoder())
+    ours = export.model()
+    if family is not None and isinstance(ours, Decoder):
+        worst = prove(folder, family, ours)
+    else:
+        worst = prove_same(folder, str(export.theirs), ours)
     export.proven["logits"] = (
         f"those of transformers differ from dtt's by at most {worst:.0e} of their range (fp32)"
     )
@@ -196,6 +212,15 @@ def _write_stock(export: Export, folder: Path, family: Family, verify: bool) -> 
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         storage.remove(folder / name)
     _warn(f"the tokenizer is left out, since transformers would read text otherwise: {difference}")
+
+
+def _config_json(export: Export) -> dict[str, Any]:
+    model, end = export.config.model, export.tokenizer.end_of_text
+    kind = str(export.dtype).removeprefix("torch.")
+    if export.family is not None and isinstance(model, Model):
+        return to_json(model, export.family, end, kind)
+    assert isinstance(model, HfModel)
+    return theirs_json(model, end, kind)
 
 
 def export_command(
@@ -219,7 +244,7 @@ def export_command(
     _refuse_folder(folder, force)
     write_export(export, folder, verify=verify)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    family = export.family.architecture if export.family else "dtt's own names"
+    family = export.architecture or "dtt's own names"
     print(f"{export.run}, step {export.saved.step}: {folder}")
     print(f"  {'weights':<10} {family}, {dtype}, {size / 1e6:,.1f} MB")
     for name, what in export.proven.items():

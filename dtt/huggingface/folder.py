@@ -87,6 +87,56 @@ def open_folder(folder: Path, family: Family, model: Model, shapes: Shapes) -> F
     return FolderWeights(folder, family, model, shapes, files)
 
 
+@dataclass(frozen=True)
+class NamedWeights:
+    """The tensors of a folder under their own names (a `Reader`)."""
+
+    folder: Path
+    files: dict[str, tuple[Any, str]]
+
+    def read(self, name: str, part: Part) -> Tensor:
+        """Return a part of a tensor in fp32; nothing else of the folder is read."""
+        found = torch.zeros(part.local_shape)
+        file, inner = self.files[name]
+        with _damage(self.folder, inner):
+            stored = file.get_slice(inner)
+            for there, here in part.boxes():
+                found[here] = stored[there] if there else file.get_tensor(inner)
+        return found
+
+
+def open_named(folder: Path, shapes: Shapes, kind: str) -> NamedWeights:
+    """Open the safetensors files of a folder that must hold tensors of these names and shapes.
+
+    Only headers are read. Names may lack what all of them but the head's begin with, as in folders
+    of a model without its head. CheckpointError says what is missing, or is there beside them.
+    """
+    files = _open_files(folder)
+    if not any(name in files for name in shapes):
+        prefix = next(iter(shapes)).partition(".")[0] + "."
+        files = {name if name in shapes else prefix + name: file for name, file in files.items()}
+    for name, shape in shapes.items():
+        _check(folder, Piece(name, Part.all_of(shape)), files)
+    for name in sorted(files.keys() - shapes.keys()):
+        if not BUFFERS.search(name) and not _is_another(name, shapes, files):
+            raise CheckpointError(
+                f"{folder} has a tensor {name}, which {kind} as config.json describes it has not",
+                "config.json is of another model",
+            )
+    return NamedWeights(folder, files)
+
+
+def _is_another(name: str, shapes: Shapes, files: dict[str, tuple[Any, str]]) -> bool:
+    """Whether a tensor is one of `shapes` once more, as a tied head is the embedding."""
+    file, inner = files[name]
+    shape = tuple(file.get_slice(inner).get_shape())
+    for other in (n for n, s in shapes.items() if s == shape and len(s) == 2):
+        where, theirs = files[other]
+        if torch.equal(file.get_tensor(inner), where.get_tensor(theirs)):
+            return True
+    return False
+
+
 def _with_prefix(name: str, family: Family) -> str:
     return name if name.startswith("lm_head.") else family.prefix + name
 

@@ -27,8 +27,11 @@ def _client() -> Any:
     return huggingface_hub
 
 
-def bring(name: str, revision: str | None) -> tuple[Path, str]:
-    """Return the folder of a model of the Hub, downloaded if it is not here yet, and its commit.
+def bring(
+    name: str, revision: str | None, wanted: tuple[str, ...] = WANTED
+) -> tuple[Path, str]:
+    """Return the folder of a model of the Hub, with the files `wanted` if they were not here yet,
+    and its commit.
 
     A CheckpointError says why it cannot be had. Ranks may ask at once: one downloads, the others
     wait. HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT are honoured.
@@ -42,7 +45,7 @@ def bring(name: str, revision: str | None) -> tuple[Path, str]:
                 hub.snapshot_download(
                     name,
                     revision=revision,
-                    allow_patterns=list(WANTED),
+                    allow_patterns=list(wanted),
                     ignore_patterns=list(UNWANTED),
                     library_name="dtt",
                     library_version=__version__,

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 
 from dtt.config.data import TokenizerFile
+from dtt.config.model import HfModel
 from dtt.config.schema import Config
 from dtt.config.yaml_text import parse_yaml
 from dtt.dist import Runtime
 from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface.families import Family
-from dtt.huggingface.folder import FolderWeights, open_folder
+from dtt.huggingface.folder import FolderWeights, open_folder, open_named
 from dtt.huggingface.given import with_given
 from dtt.huggingface.hub import NAME, bring
-from dtt.huggingface.proof import prove
+from dtt.huggingface.proof import prove, require_transformers
 from dtt.huggingface.settings import from_json
 from dtt.model.decoder import Decoder
+from dtt.model.hf.settings import complete
+from dtt.model.language_model import LanguageModel
+from dtt.parallel.model import Reader
 from dtt.training.folder import run_folder
 
 
@@ -44,6 +48,8 @@ def with_origin(config: Config, fresh: bool = False) -> Config:
     run is to begin afresh. Raises ConfigError for settings that contradict the folder, and
     CheckpointError for what is no such folder.
     """
+    if isinstance(config.model, HfModel):
+        return _with_their_model(config, config.model, fresh)
     if config.init_from is None:
         return config
     origin = _find(config, fresh)
@@ -57,9 +63,51 @@ def with_origin(config: Config, fresh: bool = False) -> Config:
     return config.model_copy(update=changes)
 
 
+def _with_their_model(config: Config, model: HfModel, fresh: bool) -> Config:
+    """Return the configuration with the complete settings of its model of `transformers`."""
+    require_transformers("model.name hf", "")
+    if config.init_from is None:
+        if model.architecture is None:
+            raise ConfigError(
+                "model.name hf needs model.architecture, or init_from",
+                "give a model_type (gpt2, llama, ...), a folder or ORG/NAME",
+            )
+        return config.model_copy(update={"model": _described(model, config.init_ignore_code)})
+    origin = _find(config, fresh)
+    found = _config_json(origin.folder, config.init_ignore_code)
+    kind = str(found.get("model_type"))
+    if model.architecture not in (None, kind):
+        raise ConfigError(
+            f"model.architecture is {model.architecture}, and {origin.folder} is {kind}",
+            "leave it out: init_from says what the model is",
+        )
+    where = str(origin.folder / "config.json")
+    changes: dict[str, Any] = {
+        "init_from": origin.name,
+        "model": complete(model, kind, found, where, with_weights=True),
+    }
+    if "tokenizer" not in config.model_fields_set:
+        changes["tokenizer"] = _tokenizer(origin.folder)
+    return config.model_copy(update=changes)
+
+
+def _described(model: HfModel, ignore_code: bool) -> HfModel:
+    """Return the complete settings of an architecture, a folder or a model of the Hub."""
+    named = model.architecture or ""
+    if Path(named).is_dir():
+        folder = Path(named)
+    elif NAME.fullmatch(named.partition("@")[0]):
+        name, _, revision = named.partition("@")
+        folder, _ = bring(name, revision or None, ("config.json",))
+    else:
+        return complete(model, named)
+    found = _config_json(folder, ignore_code)
+    return complete(model, str(found.get("model_type")), found, str(folder / "config.json"))
+
+
 def initial_weights(
-    config: Config, model: Decoder, runtime: Runtime, note: Callable[[str], None]
-) -> FolderWeights:
+    config: Config, model: LanguageModel, runtime: Runtime, note: Callable[[str], None]
+) -> Reader:
     """Return the weights that a configuration of `with_origin` starts from, for all ranks.
 
     `model` is the whole one, without memory. The main rank compares the logits with those of
@@ -67,6 +115,9 @@ def initial_weights(
     """
     origin = _find(config, fresh=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if isinstance(config.model, HfModel):
+        runtime.on_main(lambda: note(f"starting from {origin.folder}, by its own names"))
+        return open_named(origin.folder, shapes, str(config.model.architecture))
     _, family = _read_settings(origin.folder, config.init_ignore_code)
     weights = open_folder(origin.folder, family, config.model, shapes)
     runtime.on_main(lambda: _compare(weights, family, note))
@@ -126,6 +177,11 @@ def _recorded_revision(config: Config, name: str) -> str:
 
 
 def _read_settings(folder: Path, ignore_code: bool) -> tuple[Any, Family]:
+    return from_json(_config_json(folder, ignore_code), str(folder / "config.json"))
+
+
+def _config_json(folder: Path, ignore_code: bool) -> dict[str, Any]:
+    """Return what a folder's config.json says. ConfigError: the folder has code of its own."""
     if not folder.is_dir():
         raise CheckpointError(f"init_from: {folder} is not a folder", "name the folder of a model")
     where = folder / "config.json"
@@ -141,7 +197,7 @@ def _read_settings(folder: Path, ignore_code: bool) -> tuple[Any, Family]:
             "if they do not, set init_ignore_code: the weights are read, and compared with "
             "transformers' own model",
         )
-    return from_json(config, str(where))
+    return config
 
 
 def _tokenizer(folder: Path) -> TokenizerFile:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtt.config.model import Rotary
+from dtt.config.model import AnyModel, Rotary
 from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface.families import Family
 from dtt.model.decoder import Decoder
@@ -49,10 +49,10 @@ def prove(folder: Path, family: Family, ours: Decoder) -> float:
     Return the largest difference of a logit as a share of their range. CheckpointError: it is above
     TOLERANCE, with the first part that drifts, or `transformers` cannot load the folder.
     """
-    theirs = load_theirs(folder, family)
+    theirs = load_theirs(folder, family.architecture)
     _share_positions(folder, family, ours, theirs)
     worst = 0.0
-    for tokens in fixed_tokens(ours):
+    for tokens in fixed_tokens(ours.settings):
         with torch.no_grad():
             expected, found = ours(tokens), theirs(tokens).logits
         worst = max(worst, drift(expected, found))
@@ -90,10 +90,10 @@ def _share_positions(folder: Path, family: Family, ours: Decoder, theirs: Any) -
     ours.rotate_by(table)
 
 
-def fixed_tokens(ours: Decoder) -> Iterator[Tensor]:
+def fixed_tokens(settings: AnyModel) -> Iterator[Tensor]:
     """Yield sequences [1, T]: one token, a short one, and a long one with ids from all of the
     vocabulary."""
-    size, context = ours.settings.vocab_size or 0, ours.settings.context
+    size, context = settings.vocab_size or 0, settings.context
     generator = torch.Generator().manual_seed(0)
     for length in sorted({1, min(SHORT, context), min(LONG, context)}):
         yield torch.randint(size, (1, length), generator=generator)
@@ -106,14 +106,14 @@ def drift(expected: Tensor, found: Tensor) -> float:
     return difference / span if span > 0 else difference
 
 
-def load_theirs(folder: Path, family: Family) -> Any:
+def load_theirs(folder: Path, architecture: str) -> Any:
     """Return the model of a folder as `transformers` loads it, in fp32; nothing is executed that is
     in the folder."""
     import transformers
 
     with quiet():
         try:
-            kind = getattr(transformers, family.architecture)
+            kind = getattr(transformers, architecture)
             model, report = kind.from_pretrained(
                 folder,
                 config=kind.config_class.from_pretrained(folder),

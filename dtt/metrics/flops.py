@@ -46,12 +46,20 @@ def training_flops(model: Model) -> TokenFlops:
     attention = model.dim * (inner + 2 * kv_inner) + inner * model.dim
     weights = sum(attention + _mlp(model, layer) for layer in range(model.layers))
     weights += model.dim * model.vocab_size
-    scores = 4 * inner * model.layers  # two products for each token seen
+    return flops_of(weights, inner, model.layers, model.context, model.window)
+
+
+def flops_of(
+    weights: int, inner: int, layers: int, context: int, window: int | None = None
+) -> TokenFlops:
+    """Return the operations per token of a training step of any decoder: a token is multiplied with
+    `weights` matrix elements, and heads have a width of `inner` together in each layer."""
+    scores = 4 * inner * layers  # two products for each token seen
     times = 1 + BACKWARD
     return TokenFlops(
         matrices=times * 2 * weights,
-        attention=times * scores * _mean_seen(model.context, model.window),
-        square_attention=times * scores * model.context,
+        attention=times * scores * _mean_seen(context, window),
+        square_attention=times * scores * context,
     )
 
 

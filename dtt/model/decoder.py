@@ -6,6 +6,7 @@ It is single-device code: no rank, mesh or process group in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dtt.model.attention import Attention, Cache, causal_mask
 from dtt.model.dropout import NO_DROPOUT, BlockDropout, Dropout, Randomness, drop
 from dtt.model.experts import MoE, Router, move_biases
 from dtt.model.initial import initial
+from dtt.model.language_model import Initial, LanguageModel
 from dtt.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from dtt.model.positions import rotation_table
 from dtt.model.recompute import Recompute
@@ -77,7 +79,7 @@ class Absent(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """Tokens [B, T] to logits [B, T, vocabulary].
 
     Matrix products are computed in `compute_dtype`, the residual stream in fp32, as under autocast:
@@ -87,6 +89,11 @@ class Decoder(nn.Module):
     `sequence_shares` of what part of a sequence the residual stream that comes in is.
     With dropout, each forward in training needs keys in `randomness`.
     """
+
+    settings: Model
+    blocks: nn.ModuleList
+    block_prefix = "blocks."
+    randomness: Randomness
 
     def __init__(self, settings: Model) -> None:
         super().__init__()
@@ -138,6 +145,10 @@ class Decoder(nn.Module):
         self._table = table
 
     @property
+    def has_head(self) -> bool:
+        return self.norm is not None
+
+    @property
     def head_weight(self) -> Tensor:
         """The output matrix [vocabulary, dim]."""
         found = self.embed if self.head is None else self.head
@@ -145,11 +156,15 @@ class Decoder(nn.Module):
         weight: Tensor = found.weight  # type: ignore[assignment]
         return weight
 
+    def initial(self, seed: int) -> Initial:
+        return partial(initial, self.settings, seed)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every parameter and buffer with what `initial` gives."""
+        made = self.initial(seed)
         for name, tensor in self.state_dict().items():
-            tensor.copy_(initial(self.settings, seed, name, tuple(tensor.shape)))
+            tensor.copy_(made(name, tuple(tensor.shape)))
         self.reset()
 
     def reset(self) -> None:
@@ -237,8 +252,10 @@ class Decoder(nn.Module):
         x = self.hidden(tokens, positions, cache)
         return F.linear(x, self.head_weight.to(x.dtype))
 
+    def memory(self, padding: Tensor, capacity: int) -> Cache:
+        return Cache(self.settings, len(padding), capacity, padding, self.compute_dtype)
+
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Return the logits [B, vocabulary] behind the last of `tokens`, which join the cache."""
         x = self.hidden(tokens, cache=cache)[:, -1]
         return F.linear(x, self.head_weight.to(x.dtype))
 

@@ -39,6 +39,14 @@ def sum_cross_entropy(
     return _chunked_loss(hidden, head, targets, ignored)
 
 
+def sum_of_logits(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Return the summed loss of targets [...] given logits [..., vocabulary], which are all there:
+    for models that do more to them than a product with the head."""
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=ignored, reduction="sum"
+    )
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The summed loss, with its gradients found while the logits of a chunk are there.
 

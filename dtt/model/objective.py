@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from dtt.data.windows import IGNORED
-from dtt.model.decoder import Decoder
-from dtt.model.loss import sum_cross_entropy
+from dtt.model.language_model import LanguageModel
+from dtt.model.loss import sum_cross_entropy, sum_of_logits
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -21,7 +21,7 @@ class Objective(nn.Module):
     it.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
         self.loss: Loss = sum_cross_entropy
@@ -40,6 +40,8 @@ class Objective(nn.Module):
         """
         self.model.randomness.keys = keys
         hidden = self.model.hidden(tokens, positions)
-        if self.model.norm is None:
+        if not self.model.has_head:
             return hidden
+        if not self.model.head_is_plain:
+            return sum_of_logits(hidden, targets, IGNORED)
         return self.loss(hidden, self.model.head_weight, targets, IGNORED)

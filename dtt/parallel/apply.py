@@ -51,13 +51,8 @@ def parallelize(
     mesh = Mesh(layout, runtime)
     found = ParallelModel(_stages(objective, mesh, config), mesh)
     for stage in found.stages:
-        if layout.context > 1:
-            divide_sequences(stage, stage.model, mesh.group("context"))
-        if layout.tensor > 1:
-            _divide_tensors(stage, found)
-        if layout.expert > 1:
-            found.experts |= divide_experts(stage.model, mesh.group("expert"), found.parts)
-        _share_balance(stage.model, mesh)
+        if isinstance(stage.model, Decoder):
+            _divide(stage, stage.model, found)
         if config.training.compile:
             for block in stage.model.blocks:
                 block.compile()
@@ -65,7 +60,8 @@ def parallelize(
         if not layout.is_plain and (layout.shard > 1 or mesh.size(*COPIES) > 1):
             apart = mesh.device_mesh(EXPERT_COPIES) if layout.expert > 1 else None
             divided = mesh.device_mesh(COPIES)
-            shard(stage, stage.model.blocks, divided, dtype, config.parallel, apart)
+            kind = stage.model.gathered_in()
+            shard(stage, stage.model.blocks, divided, kind, config.parallel, apart)
     for stage in found.stages:
         stage.to_empty(device="cpu" if config.parallel.offload else runtime.device)
         for module in stage.modules():  # buffers are not divided, and stay on the device
@@ -73,11 +69,27 @@ def parallelize(
                 setattr(module, name, buffer.to(runtime.device))
         stage.model.reset()
     found.load(weights)
+    if not isinstance(objective.model, Decoder):
+        from dtt.model.hf.examination import examine  # transformers is for those who use it
+
+        examine(objective)
     if layout.is_plain and layout.replicate > 1:
         found.called = _replicated(objective)
     if layout.pipeline > 1:
         found.pipeline = _pipeline(found, config, rows // forwards, forwards)
     return found
+
+
+def _divide(stage: Objective, model: Decoder, found: ParallelModel) -> None:
+    """Divide sequences, matrices and experts among ranks."""
+    layout, mesh = found.layout, found.mesh
+    if layout.context > 1:
+        divide_sequences(stage, model, mesh.group("context"))
+    if layout.tensor > 1:
+        _divide_tensors(stage, model, found)
+    if layout.expert > 1:
+        found.experts |= divide_experts(model, mesh.group("expert"), found.parts)
+    _share_balance(model, mesh)
 
 
 def _replicated(objective: Objective) -> nn.Module:
@@ -91,15 +103,18 @@ def _replicated(objective: Objective) -> nn.Module:
 
 def _stages(objective: Objective, mesh: Mesh, config: Config) -> list[Objective]:
     """Return this rank's parts of the model."""
-    layout, layers = mesh.layout, len(objective.model.blocks)
+    layout = mesh.layout
     if layout.pipeline == 1:
         return [objective]
+    assert isinstance(objective.model, Decoder), "resolve() refuses to part others"
+    layers = len(objective.model.blocks)
     each = STAGES[config.parallel.schedule]
     number, found = layout.pipeline * each, []
     for turn in range(each):
         index = turn * layout.pipeline + mesh.place["pipeline"]
         blocks = range(layers * index // number, layers * (index + 1) // number)
         stage = copy.deepcopy(objective) if turn < each - 1 else objective
+        assert isinstance(stage.model, Decoder)
         stage.model.keep_part(blocks, first=index == 0, last=index == number - 1)
         if config.parallel.schedule == "zero-bubble":
             stage.loss = partial(sum_cross_entropy, twice=True)
@@ -120,13 +135,13 @@ def _share_balance(model: Decoder, mesh: Mesh) -> None:
             moe.sum_rows = partial(sum_forward, group=group)
 
 
-def _divide_tensors(stage: Objective, found: ParallelModel) -> None:
+def _divide_tensors(stage: Objective, model: Decoder, found: ParallelModel) -> None:
     group = found.mesh.group("tensor")
-    parts, copies = divide_tensors(stage.model, group)
+    parts, copies = divide_tensors(model, group)
     found.parts |= parts
     found.summed.append((group, copies))
-    if stage.model.norm is not None:
-        name = "embed.weight" if stage.model.head is None else "head.weight"
+    if model.norm is not None:
+        name = "embed.weight" if model.head is None else "head.weight"
         stage.loss = DividedLoss(parts[name].ranges[0][0][0], group)
 
 

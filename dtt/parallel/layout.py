@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dtt.config.model import Model
+from dtt.config.model import AnyModel, HfModel, Model
 from dtt.config.parallel import AXES, DATA_AXES, REST, Parallel
 from dtt.errors import ConfigError
 
@@ -67,7 +67,7 @@ class Layout:
         return " x ".join(named) or "one rank"
 
 
-def resolve(settings: Parallel, model: Model, ranks: int) -> Layout:
+def resolve(settings: Parallel, model: AnyModel, ranks: int) -> Layout:
     """Return the layout of so many ranks; ConfigError with the arithmetic if there is none, or the
     model cannot be divided so."""
     asked = {name: getattr(settings, name) for name in AXES}
@@ -90,17 +90,38 @@ def resolve(settings: Parallel, model: Model, ranks: int) -> Layout:
             "set one axis to -1, which takes the ranks that are left, or change --world-size",
         )
     layout = Layout(**asked)
+    if settings.offload and layout.shard == 1:
+        raise ConfigError(
+            "parallel.offload moves what parallel.shard has divided, and shard is 1",
+            "set parallel.shard, or parallel.offload to false",
+        )
+    if isinstance(model, HfModel):
+        _refuse_for_transformers(layout)
+    else:
+        _refuse_for_decoder(layout, settings, model)
+    return layout
+
+
+def _refuse_for_transformers(layout: Layout) -> None:
+    """Raise ConfigError for axes along which dtt divides its own decoder only."""
+    for name in ("tensor", "context", "expert", "pipeline"):
+        size = getattr(layout, name)
+        if size > 1:
+            raise ConfigError(
+                f"parallel.{name} is {size}, and divides dtt's own decoder only, not a model of "
+                "transformers",
+                "use parallel.replicate and parallel.shard, or model.name decoder",
+            )
+
+
+def _refuse_for_decoder(layout: Layout, settings: Parallel, model: Model) -> None:
+    """Raise ConfigError, with the arithmetic, if the model cannot be divided so."""
     for what, number, by, size in _divisions(layout, settings, model):
         if number % size:
             raise ConfigError(
                 f"{what} ({number}) is not divisible by {by} ({size})",
                 f"the layout is {layout}: change one of the two",
             )
-    if settings.offload and layout.shard == 1:
-        raise ConfigError(
-            "parallel.offload moves what parallel.shard has divided, and shard is 1",
-            "set parallel.shard, or parallel.offload to false",
-        )
     if layout.expert > 1 and model.experts is None:
         raise ConfigError(
             f"parallel.expert is {layout.expert}, and the model has no experts",
@@ -117,7 +138,6 @@ def resolve(settings: Parallel, model: Model, ranks: int) -> Layout:
             "model.tied_head: a pipeline parts the embedding from the head that it is",
             "set model.tied_head to false, or parallel.pipeline to 1",
         )
-    return layout
 
 
 def _divisions(

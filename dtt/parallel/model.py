@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dtt.config.model import Model
+from dtt.config.model import AnyModel
 from dtt.config.parallel import AXES
 from dtt.dist import Runtime, local
 from dtt.model.objective import Objective
@@ -71,7 +71,7 @@ class ParallelModel:
         return self.mesh.layout
 
     @property
-    def settings(self) -> Model:
+    def settings(self) -> AnyModel:
         return self.stages[0].model.settings
 
     @property

@@ -10,9 +10,10 @@ import torch
 
 from dtt.config.schema import Config
 from dtt.dist import Runtime
-from dtt.model.decoder import Decoder
 from dtt.model.fp8 import use_fp8
-from dtt.model.initial import initial
+from dtt.model.decoder import Decoder
+from dtt.model.kinds import empty_model
+from dtt.model.language_model import Initial, LanguageModel
 from dtt.model.objective import Objective
 from dtt.model.recompute import Recompute
 from dtt.optim.build import build_optimizer
@@ -25,21 +26,23 @@ from dtt.training.saved import Saved
 from dtt.training.step import Stepper
 
 
-def build_model(config: Config, dtype: torch.dtype) -> Decoder:
-    """Return the decoder that computes in `dtype`, on the meta device: without memory."""
-    with torch.device("meta"):
-        model = Decoder(config.model)
+def build_model(config: Config, dtype: torch.dtype) -> LanguageModel:
+    """Return the model that computes in `dtype`, on the meta device: without memory."""
+    model = empty_model(config.model)
     model.compute_in(dtype)
     settings = config.training
-    if settings.gradient_checkpointing:
-        model.recompute = Recompute(settings.recompute == "selective", settings.recompute_every)
-    if settings.fp8:
-        use_fp8(model.blocks)
+    if isinstance(model, Decoder):
+        if settings.gradient_checkpointing:
+            model.recompute = Recompute(settings.recompute == "selective", settings.recompute_every)
+        if settings.fp8:
+            use_fp8(model.blocks)
+    elif settings.gradient_checkpointing:
+        model.recompute_blocks()
     return model
 
 
 def build_stepper(
-    model: Decoder,
+    model: LanguageModel,
     layout: Layout,
     config: Config,
     runtime: Runtime,
@@ -56,10 +59,13 @@ def build_stepper(
         dtype,
         division.rows,
         division.accumulation,
-        weights or InitialWeights(config),
+        weights or InitialWeights(model.initial(config.seed)),
     )
     optimizer = build_optimizer(
-        config.optimizer, parallel.named_parameters().items(), shares=parallel.shares()
+        config.optimizer,
+        parallel.named_parameters().items(),
+        model.block_prefix,
+        parallel.shares(),
     )
     return Stepper(
         model=parallel,
@@ -76,10 +82,10 @@ def build_stepper(
 class InitialWeights:
     """The weights that a run begins with."""
 
-    config: Config
+    initial: Initial
 
     def read(self, name: str, part: Part) -> torch.Tensor:
-        return part.take(initial(self.config.model, self.config.seed, name, part.shape))
+        return part.take(self.initial(name, part.shape))
 
 
 class NamedReader(Reader, Protocol):

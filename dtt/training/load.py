@@ -15,7 +15,8 @@ from dtt.config.schema import Config
 from dtt.config.yaml_text import parse_yaml
 from dtt.dist import choose_device
 from dtt.errors import CheckpointError, ConfigError
-from dtt.model.decoder import Decoder
+from dtt.model.kinds import empty_model
+from dtt.model.language_model import LanguageModel
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer, fingerprint, named_end, parse_tokenizer
 from dtt.training.saved import Saved, find_run, open_checkpoint
@@ -31,7 +32,7 @@ class LoadedRun:
     tokenizer: Tokenizer
     corpus: str
     """Name of the prepared data that it was trained on."""
-    model: Decoder
+    model: LanguageModel
     """In evaluation mode."""
 
 
@@ -57,8 +58,7 @@ def load_run(
     tokenizer = saved_tokenizer(saved)
     chosen = choose_device(device)
     dtype = _precision(precision, config, chosen)
-    with torch.device("meta"):
-        model = Decoder(config.model)
+    model = empty_model(config.model)
     weights = saved.tensors("model")
     check_weights(model, saved.shapes("model"), saved.path)
     model.load_state_dict(weights, assign=True)
@@ -100,7 +100,9 @@ def saved_tokenizer(saved: Saved) -> Tokenizer:
     return tokenizer
 
 
-def check_weights(model: Decoder, found: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def check_weights(
+    model: LanguageModel, found: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
     """Raise CheckpointError, naming the first difference, if weights of these shapes are
     not of this model."""
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}

@@ -13,7 +13,8 @@ import torch
 
 from dtt import storage
 from dtt.config.load import to_yaml
-from dtt.config.schema import Config
+from dtt.config.model import HfModel, Model
+from dtt.config.schema import Config, Training
 from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
 from dtt.data.progress import progress
@@ -21,7 +22,7 @@ from dtt.dist import Runtime
 from dtt.errors import ConfigError, DttError
 from dtt.huggingface.origin import initial_weights
 from dtt.metrics.background import Background
-from dtt.metrics.flops import training_flops
+from dtt.metrics.flops import TokenFlops, flops_of, training_flops
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Cost, Meter
 from dtt.metrics.peak import find_peak
@@ -33,8 +34,9 @@ from dtt.metrics.trackers import (
     wanted,
     without_passwords,
 )
-from dtt.model.decoder import Decoder, count_active_parameters, count_parameters
+from dtt.model.decoder import count_active_parameters, count_parameters
 from dtt.model.fp8 import refuse_without_fp8
+from dtt.model.language_model import LanguageModel
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
 from dtt.parallel.model import ParallelModel, Reader
@@ -158,7 +160,7 @@ def _build(
 
 
 def _weights(
-    config: Config, model: Decoder, runtime: Runtime, saved: Saved | None, reporter: Reporter
+    config: Config, model: LanguageModel, runtime: Runtime, saved: Saved | None, reporter: Reporter
 ) -> Reader | None:
     """Return the checkpoint's weights, else those of init_from; None: the run makes its own."""
     if saved is not None:
@@ -187,6 +189,8 @@ def _refuse_settings(
 ) -> None:
     """Raise ConfigError for what this device or this layout cannot do."""
     training = config.training
+    if isinstance(config.model, HfModel):
+        _refuse_for_transformers(training)
     if training.compile and layout.pipeline > 1 and config.parallel.schedule == "zero-bubble":
         raise ConfigError(
             "training.compile does not go with parallel.schedule zero-bubble",
@@ -205,6 +209,20 @@ def _refuse_settings(
         raise ConfigError(
             "parallel.offload has the optimizer work on the CPU, which is too slow for muon",
             "use optimizer.name adamw, or leave offload off",
+        )
+
+
+def _refuse_for_transformers(training: Training) -> None:
+    """Raise ConfigError for what dtt does in its own decoder only."""
+    wanted = {
+        "training.fp8": training.fp8,
+        "training.recompute selective": training.recompute == "selective",
+        "training.recompute_every": training.recompute_every > 1,
+    }
+    for name in (name for name, on in wanted.items() if on):
+        raise ConfigError(
+            f"{name} is for dtt's own decoder, not for a model of transformers",
+            "leave it out, or use model.name decoder",
         )
 
 
@@ -241,9 +259,16 @@ def _meter(config: Config, model: ParallelModel, dtype: torch.dtype, steps: int)
     event = partial(torch.cuda.Event, enable_timing=True) if runtime.device.type == "cuda" else None
     cost = None
     if runtime.is_main:
-        flops = training_flops(config.model).total
+        flops = _flops(config, model).total
         cost = Cost(flops, find_peak(runtime.device, dtype), runtime.ranks)
     return Meter(steps, cost, event=event, exchanged=reducer_waits(model), waits=waits)
+
+
+def _flops(config: Config, model: ParallelModel) -> TokenFlops:
+    if isinstance(config.model, Model):
+        return training_flops(config.model)
+    sizes = model.stages[0].model.sizes_of_products()
+    return flops_of(*sizes, config.model.layers, config.model.context)
 
 
 def _resources(config: Config, runtime: Runtime) -> Resources | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from dtt.config.model import Experts, Model, Rotary
+from dtt.config.model import AnyModel, Experts, HfModel, Model, Rotary
 from dtt.config.parallel import AXES, DATA_AXES, Parallel
 from dtt.config.schema import Config
 from dtt.data.loader import Batch
@@ -95,9 +95,13 @@ def _own(config: Config) -> Case | None:
     return Case(name, 2 ** len(axes), parallel, micro, *LOOSE)
 
 
-def shrink(model: Model) -> Model:
+def shrink(model: AnyModel) -> AnyModel:
     """Return a model of the same kind that takes milliseconds: every setting of it that decides
     what is computed is kept, sizes are not."""
+    if isinstance(model, HfModel):
+        from dtt.model.hf.settings import smaller
+
+        return smaller(model, WIDTH, CONTEXT, VOCABULARY)
     grouped = model.heads // (model.kv_heads or model.heads)
     kv_heads = min(model.kv_heads or model.heads, 2)
     heads = kv_heads * min(grouped, 2)

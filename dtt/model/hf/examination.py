@@ -1,0 +1,74 @@
+"""What a model of `transformers` does is looked at, not believed, before it is trained.
+
+A model whose tokens see what comes after them learns to copy, at a loss that looks splendid; one
+that ignores places in documents trains on other text than was asked for. Both are found with a few
+tokens: those that must not be seen are changed, and the loss of others must stay.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dtt.data.windows import IGNORED
+from dtt.errors import ConfigError
+from dtt.model.hf.model import HfCausalModel
+from dtt.model.objective import Objective
+
+TOKENS = 8
+SAME = 1e-6
+"""Largest relative difference of a loss that what is not seen may make, in fp32."""
+
+
+@torch.no_grad()
+def examine(objective: Objective) -> None:
+    """Look at a model that has its weights, on all ranks that divide it; ConfigError: its tokens
+    see those after them."""
+    model = objective.model
+    assert isinstance(model, HfCausalModel)
+    length = min(TOKENS, model.settings.context) // 2 * 2
+    if length < 2:
+        return
+    device, half = model.head_weight.device, length // 2
+    tokens = torch.arange(1, length + 1, device=device)[None] % (model.settings.vocab_size or 1)
+    dtype, training = model.compute_dtype, model.training
+    objective.eval()
+    model.compute_in(torch.float32)
+    try:
+        with _uncompiled(model):
+            if not _unmoved(objective, tokens, slice(half, None), half - 1, None):
+                raise ConfigError(
+                    f"model.architecture: in {model.settings.architecture} tokens see those after "
+                    "them: it is no causal language model",
+                    "take another architecture",
+                )
+            if "position_ids" in model._given:
+                places = torch.arange(length, device=device)[None] % half
+                model.isolates = _unmoved(objective, tokens, slice(half), length - 1, places)
+            else:
+                model.isolates = False
+    finally:
+        model.compute_in(dtype)
+        objective.train(training)
+
+
+def _uncompiled(model: HfCausalModel) -> AbstractContextManager[None]:
+    """Compiled blocks would be compiled for these few tokens too."""
+    if any(block._compiled_call_impl is not None for block in model.blocks):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _unmoved(
+    objective: Objective, tokens: Tensor, changed: slice, at: int, places: Tensor | None
+) -> bool:
+    """Whether the loss at a column stays where it is when tokens in other columns change."""
+    size = objective.model.settings.vocab_size or 1
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, at] = 0
+    others = tokens.clone()
+    others[:, changed] = (others[:, changed] * 3 + 5) % size
+    before, after = (float(objective(x, targets, places)) for x in (tokens, others))
+    return abs(after - before) <= SAME * abs(before)
