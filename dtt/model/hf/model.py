@@ -39,6 +39,7 @@ class HfCausalModel(LanguageModel):
     """The model that complete settings describe; its parameters are on the meta device."""
 
     settings: HfModel
+    blocks: list[nn.Module]
 
     def __init__(self, settings: HfModel) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ def complete(
     names: dict[str, str] = kind.attribute_map
     _refuse_unknown(asked.settings, kind)
     theirs = {names.get(key, key): value for key, value in asked.settings.items()}
-    given = {**{k: v for k, v in (found or {}).items() if k not in OTHERS}, **theirs}
+    given = {names.get(k, k): v for k, v in (found or {}).items() if k not in OTHERS} | theirs
     size = asked.vocab_size or theirs.pop("vocab_size", None)
     if size is None and with_weights and found is not None:
         size = found.get(names.get("vocab_size", "vocab_size"))
@@ -117,14 +117,12 @@ def config_of(settings: HfModel) -> Any:
 
 
 def _config_class(architecture: str) -> Any:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    causal = {
-        name for name in CONFIG_MAPPING if CONFIG_MAPPING.get(name) in MODEL_FOR_CAUSAL_LM_MAPPING
-    }
-    if architecture in causal:
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CONFIG_MAPPING[architecture]
-    known = did_you_mean(architecture, sorted(causal))
+    known = did_you_mean(architecture, sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     raise ConfigError(
         f"model.architecture: transformers has no causal language model {architecture!r}{known}",
         "give a model_type (gpt2, llama, ...), or a folder or ORG/NAME with a config.json",
@@ -209,4 +207,6 @@ def _plain(config: Any) -> dict[str, Any]:
         if theirs in data:
             data[ours] = data.pop(theirs)
     data |= {key: getattr(config, key) for key in SIZES}
-    return {k: v for k, v in sorted(data.items()) if k not in OTHERS and k not in dropouts}
+    # A config.json may have more than its architecture: that is of other times, or of other code.
+    known = {*type(config)().to_dict(), *config.attribute_map, *SIZES} - OTHERS - {*dropouts}
+    return {key: value for key, value in sorted(data.items()) if key in known}

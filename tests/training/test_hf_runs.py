@@ -1,0 +1,200 @@
+"""Runs whose model is one of transformers: stopped, continued, divided, used and taken elsewhere."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import STEPS, Done, assert_same_run, command, flags, losses, write_text
+
+from dtt.cli import main
+from dtt.config.load import load_config
+from dtt.huggingface import proof
+from dtt.huggingface.origin import with_origin
+from dtt.training.load import load_run
+from dtt.verification.report import verify
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.processes
+RUN = Path("runs/small")
+SIZES = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4}"
+GATED = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 48}"
+WITHOUT = {"model.layers": None, "model.dim": None, "model.heads": None}
+GPT2 = WITHOUT | {"model.name": "hf", "model.architecture": "gpt2", "model.settings": SIZES}
+LLAMA = GPT2 | {"model.architecture": "llama", "model.settings": GATED}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def train(folder: Path, changes: dict[str, str | None], **options: object) -> Done:
+    done = command(folder, ["train", *flags(changes)], **options)  # type: ignore[arg-type]
+    if "die" not in options:
+        assert (done.code, done.err) == (0, "")
+    return done
+
+
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+        write_text(folder / "text.txt")
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(1, GPT2), (2, LLAMA | {"parallel.shard": "2", "model.dropout": None})],
+    ids=["gpt2, dropout", "llama, fsdp"],
+)
+def test_a_killed_run_goes_on_bitwise(
+    tmp_path: Path, ranks: int, changes: dict[str, str | None]
+) -> None:
+    changes = changes | {"parallel.world_size": str(ranks), "parallel.restarts": "0"}
+    whole, broken = two_folders(tmp_path)
+    train(whole, changes)
+    done = train(broken, changes, die=(ranks - 1, 15))
+    assert done.code == (-signal.SIGKILL if ranks == 1 else 7)
+    assert "continuing runs/small from step" in train(broken, changes).out
+    assert sorted(losses(whole / RUN)) == list(range(1, STEPS + 1))
+    assert_same_run(whole / RUN, broken / RUN)
+
+
+def test_ranks_and_forwards_share_a_step_alike(tmp_path: Path) -> None:
+    """With dropout, which is drawn for each forward: so forwards have the same samples."""
+    one, two = two_folders(tmp_path)
+    short = GPT2 | {"training.max_steps": "6", "training.micro_batch_size": "4"}
+    train(one, short)
+    train(two, short | {"parallel.world_size": "2"})
+    ours, theirs = losses(one / RUN), losses(two / RUN)
+    assert all(abs(theirs[step] / ours[step] - 1) < 1e-5 for step in ours) and len(ours) == 6
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_layouts_train_what_one_process_trains(architecture: str) -> None:
+    settings = SIZES if architecture == "gpt2" else GATED
+    words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
+    flags = {key: (f"--{key}", value) for key, value in words.items()}
+    going, refused = [], []
+    for case, found in verify(with_origin(load_config(overrides=flags))):
+        if isinstance(found, str):
+            refused.append(case.name)
+        else:
+            assert found.within(case), (case.name, found)
+            going.append(case.name)
+    assert {"accumulation", "DDP", "DDP, accumulation", "FSDP2", "HSDP"} <= set(going)
+    assert all(name.startswith(("TP", "CP", "PP", "DDP x", "FSDP2 x")) for name in refused)
+
+
+def test_a_run_is_evaluated_continued_in_text_exported_and_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = two_folders(tmp_path)
+    train(folder, LLAMA)
+    monkeypatch.chdir(folder)
+    assert main(["evaluate", str(RUN), "--json", "--checkpoint", "last"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    said = [row["val_loss"] for row in rows if "val_loss" in row][-1]
+    assert measured["loss"] == pytest.approx(said, rel=0.05)  # of the first tokens of the split
+    words = ["--prompt", "the cat", "--max-length", "20", "--temperature", "0"]
+    assert main(["generate", str(RUN), "--checkpoint", "last", *words]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("the cat") and len(text) > 20
+
+    assert main(["export", str(RUN), "-o", "out", "--checkpoint", "last"]) == 0
+    shown = capsys.readouterr().out
+    assert "LlamaForCausalLM, fp32" in shown and "transformers gives the tokens of dtt" in shown
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
+    loaded = load_run(RUN, checkpoint="last")
+    names = dict(theirs.named_parameters())
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, names[name])
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    given = tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)
+    made = theirs.generate(**given, max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(made[0], skip_special_tokens=True) == text.strip("\n")
+
+    again = {"name": "again", "init_from": "out", "model.name": "hf", "training.max_steps": "2"}
+    without = {"model.architecture": None, "model.settings": None, "tokenizer.name": None}
+    again |= {"model.context": None, "model.dropout": None, "optimizer.lr": "1e-9"}
+    done = train(folder, LLAMA | without | again)
+    assert "starting from out, by its own names" in done.out
+    assert losses(Path("runs/again"))[1] == pytest.approx(losses(RUN)[STEPS], rel=0.2)
+
+
+def test_a_folder_describes_a_model_without_giving_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    transformers.GPT2Config(n_embd=48, n_layer=3, n_head=6, vocab_size=99).save_pretrained("their")
+    words = {"model.name": "hf", "model.architecture": "their"}
+    found = with_origin(
+        load_config(overrides={key: (f"--{key}", value) for key, value in words.items()})
+    ).model
+    assert (found.architecture, found.layers, found.dim, found.heads) == ("gpt2", 3, 48, 6)
+    assert found.vocab_size is None and found.settings["max_position_embeddings"] == 288
+
+
+def test_a_folder_with_code_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    transformers.GPT2Config(auto_map={"AutoModelForCausalLM": "evil.Model"}).save_pretrained("e")
+    (tmp_path / "e" / "evil.py").write_text("open('ran', 'w')")
+    for flag in ("--model.architecture", "--init-from"):
+        assert main(["train", "--model.name", "hf", flag, "e", "--print-config"]) == 2
+        error = capsys.readouterr().err
+        assert "code of its own" in error and error.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_transformers_the_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = proof.importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n, *a: None if n == "transformers" else find(n, *a)
+    )
+    assert main(["train", "--model.name", "hf", "--model.architecture", "gpt2"]) == 2
+    assert capsys.readouterr().err == (
+        "dtt train: error: model.name hf needs the Python package 'transformers'; "
+        "pip install 'dtt[hf]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.name", "hf"], "model.name hf needs model.architecture, or init_from"),
+        (["--training.fp8"], "training.fp8 is for dtt's own decoder"),
+        (["--training.recompute", "selective"], "training.recompute selective is for dtt's own"),
+        (["--parallel.tensor", "2", "--world-size", "2"], "parallel.tensor is 2, and divides"),
+        (["--model.layers", "3"], "model hf has no layers (decoder has it)"),
+    ],
+)
+def test_what_is_for_dtts_own_decoder_is_refused(
+    folder: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = GPT2 | ({"model.architecture": None} if words[0] == "--model.name" else {})
+    assert main(["train", *flags(given), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_s2s_yaml_trains_as_it_stands(tmp_path: Path) -> None:
+    """The sizes that it names stay; the test makes the rest small."""
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "s2.yaml").write_text(
+        'model: {name: "gpt2-small", hidden_size: 768, num_attention_heads: 12}\n'
+    )
+    small = {"model.layers": "1", "training.max_steps": "2", "training.batch_size": "2"}
+    sizes = {"model.dim": None, "model.heads": None, "model.dropout": None}
+    argv = ["train", "-c", "s2.yaml", *flags(small | sizes), "--model.vocab_size", "64"]
+    done = command(tmp_path, argv)
+    assert (done.code, done.err) == (0, "") and "1 layers x 768, 12 heads" in done.out
