@@ -175,9 +175,13 @@ class Config(Section):
     def _name_the_model(cls, data: Any) -> Any:
         # Files of older versions, and people who mean the decoder, do not say whose code it is.
         model = data.get("model") if isinstance(data, dict) else None
-        if isinstance(model, dict) and "name" not in model:
-            return {**data, "model": {"name": Model().name, **model}}
-        return data
+        if not isinstance(model, dict):
+            return data
+        from dtt.config.familiar import in_our_words
+        from dtt.config.layers import Layer
+
+        words = in_our_words(Layer({"model": model})).tree["model"]
+        return {**data, "model": {"name": Model().name, **words}}
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Config:

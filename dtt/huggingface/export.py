@@ -26,8 +26,8 @@ from dtt.huggingface.families import Family
 from dtt.huggingface.folder import open_folder
 from dtt.huggingface.pieces import Piece, pieces, whole, zero_biases
 from dtt.huggingface.proof import prove, require_transformers
-from dtt.huggingface.theirs import architecture_of, prove_same, theirs_json
 from dtt.huggingface.settings import to_json
+from dtt.huggingface.theirs import architecture_of, prove_same, theirs_json
 from dtt.huggingface.tokenizers import first_difference, tokenizer_files
 from dtt.huggingface.writer import Row, write_weights
 from dtt.model.decoder import Decoder
@@ -114,7 +114,7 @@ def open_export(path: Path | None, checkpoint: str, to: str, dtype: str) -> Expo
     family, theirs = None, None
     if to == "hf" and isinstance(config.model, Model):
         family = family_of(config.model)
-    elif to == "hf":
+    elif to == "hf" and isinstance(config.model, HfModel):
         theirs = architecture_of(config.model)
     return Export(saved, config, saved_tokenizer(saved), run, family, theirs, TYPES[dtype])
 

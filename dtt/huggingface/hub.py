@@ -27,9 +27,7 @@ def _client() -> Any:
     return huggingface_hub
 
 
-def bring(
-    name: str, revision: str | None, wanted: tuple[str, ...] = WANTED
-) -> tuple[Path, str]:
+def bring(name: str, revision: str | None, wanted: tuple[str, ...] = WANTED) -> tuple[Path, str]:
     """Return the folder of a model of the Hub, with the files `wanted` if they were not here yet,
     and its commit.
 

@@ -1,4 +1,4 @@
-"""Runs whose model is one of `transformers` already: what their folder says, and the proof of it."""
+"""Runs whose model is one of `transformers` already: what their folder says, and its proof."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def architecture_of(model: HfModel) -> str:
     """Return the class of `transformers` that a model is."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config_of(model))].__name__)
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config_of(model))]
+    return str(found.__name__)
 
 
 def theirs_json(model: HfModel, end_of_text: int | None, dtype: str) -> dict[str, Any]:

@@ -84,9 +84,7 @@ class LanguageModel(nn.Module):
         """Give the buffers that no checkpoint has their first values."""
         raise NotImplementedError
 
-    def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: Any = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return the normed state [B, T, dim] before the head, in the compute type.
 
         `positions` [B, T] are places in documents: a token sees back to place 0 of its own.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dtt.config.schema import Config
@@ -37,7 +38,6 @@ def parallelize(
     layout: Layout,
     config: Config,
     runtime: Runtime,
-    dtype: torch.dtype,
     rows: int,
     forwards: int,
     weights: Reader,
@@ -73,6 +73,9 @@ def parallelize(
         from dtt.model.hf.examination import examine  # transformers is for those who use it
 
         examine(objective)
+        for module in objective.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward pass it may keep what it gathered
     if layout.is_plain and layout.replicate > 1:
         found.called = _replicated(objective)
     if layout.pipeline > 1:

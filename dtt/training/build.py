@@ -10,8 +10,8 @@ import torch
 
 from dtt.config.schema import Config
 from dtt.dist import Runtime
-from dtt.model.fp8 import use_fp8
 from dtt.model.decoder import Decoder
+from dtt.model.fp8 import use_fp8
 from dtt.model.kinds import empty_model
 from dtt.model.language_model import Initial, LanguageModel
 from dtt.model.objective import Objective
@@ -56,7 +56,6 @@ def build_stepper(
         layout,
         config,
         runtime,
-        dtype,
         division.rows,
         division.accumulation,
         weights or InitialWeights(model.initial(config.seed)),

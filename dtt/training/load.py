@@ -100,9 +100,7 @@ def saved_tokenizer(saved: Saved) -> Tokenizer:
     return tokenizer
 
 
-def check_weights(
-    model: LanguageModel, found: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
+def check_weights(model: LanguageModel, found: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise CheckpointError, naming the first difference, if weights of these shapes are
     not of this model."""
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}

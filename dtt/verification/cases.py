@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from dtt.config.model import AnyModel, Experts, HfModel, Model, Rotary
+from dtt.config.model import AnyModel, Experts, HfModel, Rotary
 from dtt.config.parallel import AXES, DATA_AXES, Parallel
 from dtt.config.schema import Config
 from dtt.data.loader import Batch

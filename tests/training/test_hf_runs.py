@@ -1,4 +1,4 @@
-"""Runs whose model is one of transformers: stopped, continued, divided, used and taken elsewhere."""
+"""Runs whose model is one of transformers: stopped, continued, divided, used, taken elsewhere."""
 
 from __future__ import annotations
 
@@ -107,24 +107,24 @@ def test_a_run_is_evaluated_continued_in_text_exported_and_started_from(
     text = capsys.readouterr().out
     assert text.startswith("the cat") and len(text) > 20
 
-    assert main(["export", str(RUN), "-o", "out", "--checkpoint", "last"]) == 0
+    assert main(["export", str(RUN), "-o", "taken", "--checkpoint", "last"]) == 0
     shown = capsys.readouterr().out
     assert "LlamaForCausalLM, fp32" in shown and "transformers gives the tokens of dtt" in shown
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("taken").eval()
     loaded = load_run(RUN, checkpoint="last")
     names = dict(theirs.named_parameters())
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, names[name])
-    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("taken")
     given = tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)
     made = theirs.generate(**given, max_new_tokens=20, do_sample=False)
     assert tokenizer.decode(made[0], skip_special_tokens=True) == text.strip("\n")
 
-    again = {"name": "again", "init_from": "out", "model.name": "hf", "training.max_steps": "2"}
+    again = {"name": "again", "init_from": "taken", "model.name": "hf", "training.max_steps": "2"}
     without = {"model.architecture": None, "model.settings": None, "tokenizer.name": None}
     again |= {"model.context": None, "model.dropout": None, "optimizer.lr": "1e-9"}
     done = train(folder, LLAMA | without | again)
-    assert "starting from out, by its own names" in done.out
+    assert "starting from taken, by its own names" in done.out
     assert losses(Path("runs/again"))[1] == pytest.approx(losses(RUN)[STEPS], rel=0.2)
 
 

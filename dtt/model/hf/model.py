@@ -40,6 +40,8 @@ class HfCausalModel(LanguageModel):
 
     settings: HfModel
     blocks: list[nn.Module]
+    whole: Any
+    """The model of `transformers`. Its parts are ours, under their names; it is no part."""
 
     def __init__(self, settings: HfModel) -> None:
         super().__init__()
@@ -49,7 +51,6 @@ class HfCausalModel(LanguageModel):
         self.isolates: bool | None = None
         """Whether it keeps documents apart; None: nobody has looked."""
         whole = without_memory(settings)
-        # Its parts are ours, under their names; the model around them is no part.
         self.__dict__["whole"] = whole
         for name, child in whole.named_children():
             self.add_module(name, child)
@@ -74,7 +75,7 @@ class HfCausalModel(LanguageModel):
         self.head_is_plain = not self._bias
         if self._tied:
             head.register_parameter("weight", None)
-        head.forward = self._enter
+        head.forward = self._enter  # type: ignore[method-assign, assignment]
 
     def _enter(self, hidden: Tensor) -> Tensor:
         if self.head_is_plain:
@@ -241,10 +242,11 @@ def without_memory(settings: HfModel) -> Any:
     """Return the model of `transformers`, its parameters on the meta device and its buffers, which
     follow from the settings, as they are."""
     config = config_of(settings)
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    kind: Any = transformers.AutoModelForCausalLM
     with _parameters_without_memory():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return kind.from_config(config, dtype=torch.float32)
 
 
 @contextmanager
@@ -256,7 +258,7 @@ def _parameters_without_memory() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = emptied  # type: ignore[method-assign]
+    nn.Module.register_parameter = emptied  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -131,7 +131,9 @@ def _config_class(architecture: str) -> Any:
 
 def _own_keys(kind: Any, vocab_size: int | None, dropout: float) -> dict[str, Any]:
     """What dtt decides: the vocabulary, no padding token, and what is dropped in training."""
-    own: dict[str, Any] = {"pad_token_id": None, "use_cache": True}
+    # Tokens that begin and end a text are the tokenizer's: here they must only be in range.
+    own: dict[str, Any] = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+    own["use_cache"] = True
     own |= dict.fromkeys(_dropouts(kind), dropout)
     own |= {key: 0.0 for key in own if "layerdrop" in key}
     if vocab_size is not None:
@@ -194,9 +196,6 @@ def _refuse_kinds(config: Any, architecture: str) -> None:
     for key in SIZES:
         if not isinstance(getattr(config, key, None), int):
             raise ConfigError(f"model.architecture: {architecture} has no {key}")
-    # Encoders among the decoders see what comes after, unless they are told not to.
-    if getattr(config, "is_decoder", True) is False:
-        config.is_decoder = True
 
 
 def _plain(config: Any) -> dict[str, Any]:
