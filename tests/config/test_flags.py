@@ -106,6 +106,11 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--device cpu", {"training.device": "cpu"}),
     ("--dropout 0", {"model.dropout": 0.0}),
     ("--checkpoint.every 5", {"checkpoint.every": 5}),
+    (
+        "--model.name hf --model.settings {\"n_layer\":2,\"act\":\"relu\"}",
+        {"model.name": "hf", "model.settings": {"n_layer": 2, "act": "relu"}},
+    ),
+    ("--model.name gpt2-small", {"model.preset": "gpt2-small", "model.dim": 768}),
     ("--model gpt2-small", {"model.preset": "gpt2-small", "model.dim": 768}),
     ("--model gpt2 --block-size 8", {"model.context": 8, "model.dim": 768}),
     ("--tokenizer byte", {"tokenizer.name": "byte"}),
@@ -221,7 +226,7 @@ def test_help_shows_aliases_and_sections(capsys: pytest.CaptureFixture[str]) -> 
 def test_help_of_a_section_shows_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         ConfigParser("dtt train", "", ()).parse(["--help", "model"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     for path in (path for path in leaves() if path.startswith("model.")):
         assert f"--{path}" in text and leaves()[path].default in text
     assert "--training" not in text

@@ -266,6 +266,7 @@ def random_value(source: random.Random, leaf_type: str) -> Any:
         "true": lambda: source.random() < 0.5,
         "text": lambda: random_text(source),
         "path": lambda: random_text(source),
+        "keys": lambda: {"n_layer": 2, "act": random_text(source), "rope": {"theta": 1e6}},
         "2": lambda: [source.random() * 0.9, 0.5],
     }
     return numbers[kind]()
