@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sizes": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
         "vocab": 50257,
         "context": 1024,
-        "batch": 4,
+        "batch": 2,
     },
     "quick": {
         "sizes": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},

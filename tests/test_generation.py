@@ -28,6 +28,7 @@ from dtt.generation import (
     stream_tokens,
     warn_about_prompts,
 )
+from dtt.model import decoder as decoder_module
 from dtt.model.decoder import Decoder
 from dtt.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from dtt.training.load import LoadedRun
@@ -208,13 +209,13 @@ def test_rows_of_the_embedding_without_a_token_are_never_chosen() -> None:
 
 def test_the_cache_is_no_larger_than_the_text_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = module.Cache
+    original = decoder_module.Cache
 
     def recording(settings: Model, batch: int, capacity: int, *rest: Any) -> Any:
         made.append(capacity)
         return original(settings, batch, capacity, *rest)
 
-    monkeypatch.setattr(module, "Cache", recording)
+    monkeypatch.setattr(decoder_module, "Cache", recording)
     drawn(decoder(context=100_000), [[1, 2, 3]], 7)
     assert made == [10]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dtt.config.model import HfModel
 from dtt.errors import ConfigError
+from dtt.model.hf.attention import use_blocks
 from dtt.model.hf.initial import Initial
 from dtt.model.hf.memory import HfMemory
 from dtt.model.hf.settings import config_of
@@ -246,7 +247,9 @@ def without_memory(settings: HfModel) -> Any:
 
     kind: Any = transformers.AutoModelForCausalLM
     with _parameters_without_memory():
-        return kind.from_config(config, dtype=torch.float32)
+        made = kind.from_config(config, dtype=torch.float32)
+    use_blocks(made)
+    return made
 
 
 @contextmanager
