@@ -107,7 +107,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--dropout 0", {"model.dropout": 0.0}),
     ("--checkpoint.every 5", {"checkpoint.every": 5}),
     (
-        "--model.name hf --model.settings {\"n_layer\":2,\"act\":\"relu\"}",
+        '--model.name hf --model.settings {"n_layer":2,"act":"relu"}',
         {"model.name": "hf", "model.settings": {"n_layer": 2, "act": "relu"}},
     ),
     ("--model.name gpt2-small", {"model.preset": "gpt2-small", "model.dim": 768}),

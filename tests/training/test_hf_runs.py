@@ -75,7 +75,9 @@ def test_ranks_and_forwards_share_a_step_alike(tmp_path: Path) -> None:
     assert all(abs(theirs[step] / ours[step] - 1) < 1e-5 for step in ours) and len(ours) == 6
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", pytest.param("llama", marks=pytest.mark.thorough)]
+)
 def test_layouts_train_what_one_process_trains(architecture: str) -> None:
     settings = SIZES if architecture == "gpt2" else GATED
     words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}

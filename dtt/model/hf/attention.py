@@ -37,7 +37,7 @@ def attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return causal attention [B, T, heads, width]: in training on a CPU in blocks, else by sdpa."""
+    """Return causal attention [B, T, heads, width]: in training on a CPU in blocks, else sdpa."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if dropout or not _in_blocks(module, query, key, value, mask, others):
