@@ -70,10 +70,16 @@ CASES = (
 )
 
 
+SHARDED = {"replicate", "shard", "reshard"}
+"""What a model of `transformers` goes along."""
+
+
 def cases_for(config: Config) -> list[Case]:
     """Return the cases for a configuration: those of experts for a mixture of them, and its own
     layout with two ranks along each axis that it uses."""
     found = [case for case in CASES if config.model.experts or "expert" not in case.parallel]
+    if isinstance(config.model, HfModel):
+        found = [case for case in found if set(case.parallel) <= SHARDED]
     own = _own(config)
     if own is not None and all(own.parallel != case.parallel for case in found):
         found.append(own)

@@ -142,6 +142,24 @@ def test_weights_that_share_memory_are_refused() -> None:
         HfCausalModel(complete(HfModel(architecture="bert", **sizes), "bert"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("electra", "in electra tokens see those after them"),
+        ("mamba", "mamba, which has no cache of keys and values"),
+        ("recurrent_gemma", "recurrent_gemma, which has no cache of keys and values"),
+        ("git", "git is of text and other things"),
+        ("gemma3", "gemma3 is of text and other things"),
+        ("bart", "bart is not a decoder alone"),
+    ],
+)
+def test_models_that_dtt_does_not_train_are_refused_in_a_line(kind: str, said: str) -> None:
+    sizes = {"context": CONTEXT, "settings": SIZES, "vocab_size": VOCABULARY}
+    with pytest.raises(ConfigError, match=said) as raised:
+        examine(Objective(filled(complete(HfModel(architecture=kind, **sizes), kind))))
+    assert "\n" not in raised.value.what
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_begin_as_transformers_has_them(kind: str) -> None:
     """In distribution: constants are the same, and so are standard deviations to 10%."""

@@ -38,7 +38,7 @@ def examine(objective: Objective) -> None:
     model.compute_in(torch.float32)
     try:
         with _uncompiled(model):
-            if not _unmoved(objective, tokens, slice(half, None), half - 1, None):
+            if not _unmoved(objective, tokens, slice(half, None), slice(half), None):
                 raise ConfigError(
                     f"model.architecture: in {model.settings.architecture} tokens see those after "
                     "them: it is no causal language model",
@@ -46,7 +46,9 @@ def examine(objective: Objective) -> None:
                 )
             if "position_ids" in model._given:
                 places = torch.arange(length, device=device)[None] % half
-                model.isolates = _unmoved(objective, tokens, slice(half), length - 1, places)
+                model.isolates = _unmoved(
+                    objective, tokens, slice(half), slice(half, None), places
+                )
             else:
                 model.isolates = False
     finally:
@@ -62,12 +64,12 @@ def _uncompiled(model: HfCausalModel) -> AbstractContextManager[None]:
 
 
 def _unmoved(
-    objective: Objective, tokens: Tensor, changed: slice, at: int, places: Tensor | None
+    objective: Objective, tokens: Tensor, changed: slice, kept: slice, places: Tensor | None
 ) -> bool:
-    """Whether the loss at a column stays where it is when tokens in other columns change."""
+    """Whether the loss of some columns stays where it is when tokens in others change."""
     size = objective.model.settings.vocab_size or 1
     targets = torch.full_like(tokens, IGNORED)
-    targets[:, at] = 0
+    targets[:, kept] = 0
     others = tokens.clone()
     others[:, changed] = (others[:, changed] * 3 + 5) % size
     before, after = (float(objective(x, targets, places)) for x in (tokens, others))

@@ -85,7 +85,7 @@ class HfCausalModel(LanguageModel):
         return F.linear(hidden, self.head_weight, self._ends[1].bias)
 
     def _refuse_odd(self, whole: Any) -> None:
-        if "past_key_values" not in self._given:
+        if "past_key_values" not in self._given or not _has_cache(whole.config):
             raise self._odd("no cache of keys and values")
         if whole._parameters or any(buffer is not None for buffer in whole._buffers.values()):
             raise self._odd("parameters outside of its parts")
@@ -230,6 +230,15 @@ def _blocks(whole: Any, settings: HfModel) -> list[nn.Module]:
     )
 
 
+def _has_cache(config: Any) -> bool:
+    from transformers import DynamicCache
+
+    try:
+        return DynamicCache(config=config).get_seq_length() == 0
+    except ValueError:  # no layer of it attends
+        return False
+
+
 def _passing_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers that are not saved, by name."""
     for path, module in model.named_modules():
@@ -246,8 +255,15 @@ def without_memory(settings: HfModel) -> Any:
     import transformers
 
     kind: Any = transformers.AutoModelForCausalLM
-    with _parameters_without_memory():
-        made = kind.from_config(config, dtype=torch.float32)
+    try:
+        with _parameters_without_memory():
+            made = kind.from_config(config, dtype=torch.float32)
+    except Exception as error:  # code of many authors
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model.architecture: transformers cannot make {settings.architecture}: {text}",
+            "correct model.settings, or take another architecture",
+        ) from error
     use_blocks(made)
     return made
 

@@ -180,10 +180,11 @@ def _refuse_kinds(config: Any, architecture: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"model.architecture: {architecture} is not a decoder alone")
     inner = config.get_text_config()
-    if inner is not config:
+    if inner is not config or type(config).sub_configs:
+        part = f"the part that is of text: model.architecture {inner.model_type}"
         raise ConfigError(
             f"model.architecture: {architecture} is of text and other things",
-            f"take the part that is of text: model.architecture {inner.model_type}",
+            f"take {part if inner is not config else 'another architecture'}",
         )
     if any((getattr(config, key, None) or 0) > 1 for key in EXPERTS):
         raise ConfigError(
