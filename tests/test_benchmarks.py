@@ -191,6 +191,13 @@ def test_generate_prints_its_tables() -> None:
 
 
 @pytest.mark.processes
+def test_hf_trainer_prints_its_table() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    assert first_cells(output("hf_trainer.py")) == ["transformers' Trainer", "dtt"]
+
+
+@pytest.mark.processes
 def test_checkpoint_and_loader_print_their_tables() -> None:
     assert first_cells(output("checkpoint.py")) == [
         "limit: copy of the state in memory",

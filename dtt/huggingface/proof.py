@@ -11,9 +11,7 @@ by themselves, each with the rounding that its angle may have, and the logits wi
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from dtt.config.model import AnyModel, Rotary
 from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface.families import Family
 from dtt.model.decoder import Decoder
+from dtt.model.hf.quiet import quiet
 from dtt.model.positions import frequencies, rotation_table
 
 TOLERANCE = 1e-5
@@ -137,26 +136,6 @@ def load_theirs(folder: Path, architecture: str) -> Any:
                 "please report it, with config.json",
             )
     return model.eval()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep bars and notes of `transformers` off the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    theirs: Any = transformers_logging
-    level, log = theirs.get_verbosity(), logging.getLogger("transformers")
-    bars = theirs.is_progress_bar_enabled()
-    before = log.propagate
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(level)
-        log.propagate = before
-        if bars:
-            theirs.enable_progress_bar()
 
 
 def first_drift(ours: Decoder, theirs: Any, family: Family, tokens: Tensor) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtt.generation import REPLACEMENT, encode_prompt
-from dtt.huggingface.proof import quiet
+from dtt.model.hf.quiet import quiet
 from dtt.tokenizer import (
     END_OF_TEXT,
     BpeTokenizer,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtt.config.model import AnyModel
+from dtt.errors import ConfigError
 
 Initial = Callable[[str, tuple[int, ...]], Tensor]
 """The first value (fp32, on the CPU) of a parameter or persistent buffer, by name and shape."""
@@ -47,6 +48,16 @@ class LanguageModel(nn.Module):
     head_is_plain: bool = True
     """Whether logits are `hidden` times `head_weight`, and nothing else; if not, `hidden` returns
     logits."""
+
+    isolates: bool | None = True
+    """Whether places in documents keep documents apart; None: nobody has looked."""
+
+    def cannot_isolate(self) -> ConfigError:
+        """Return the error of a run whose documents must not see each other."""
+        return ConfigError(
+            "data.documents: this model cannot keep the documents of a window apart",
+            "set data.documents join, or data.packing contiguous",
+        )
 
     @property
     def has_head(self) -> bool:

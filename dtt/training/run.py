@@ -131,6 +131,7 @@ def _build(
     names = [name for name, _ in model.named_parameters()]
     weights = _weights(config, model, runtime, saved, reporter)
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
+    _refuse_documents(model, loader)
     state = _restore(saved, stepper)
     if runtime.is_main:
         reporter.total(steps)
@@ -157,6 +158,11 @@ def _build(
     )
     announce(run, f"{dtype} ({why})")
     return run
+
+
+def _refuse_documents(model: LanguageModel, loader: Loader) -> None:
+    if model.isolates is False and any(source.isolate is not None for source in loader.sources):
+        raise model.cannot_isolate()
 
 
 def _weights(

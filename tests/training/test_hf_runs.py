@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_run import STEPS, Done, assert_same_run, command, flags, losses, write_text
 
 from dtt.cli import main
 from dtt.config.load import load_config
+from dtt.dist import Place, Runtime
+from dtt.errors import CheckpointError
 from dtt.huggingface import proof
-from dtt.huggingface.origin import with_origin
+from dtt.huggingface.origin import initial_weights, with_origin
+from dtt.parallel.part import Part
+from dtt.training.build import build_model
 from dtt.training.load import load_run
 from dtt.verification.report import verify
 
@@ -139,6 +144,35 @@ def test_a_folder_describes_a_model_without_giving_its_weights(
     assert found.vocab_size is None and found.settings["max_position_embeddings"] == 288
 
 
+def test_weights_are_read_by_their_names_and_what_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a folder whose names lack what those of the model with a head begin with."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 48}
+    theirs = transformers.GPT2Model(transformers.GPT2Config(**sizes))
+    theirs.save_pretrained("base")
+    words = {"model.name": "hf", "init_from": "base", "tokenizer.name": "char"}
+    config = with_origin(
+        load_config(overrides={key: (f"--{key}", value) for key, value in words.items()})
+    )
+    assert (config.model.context, config.model.vocab_size) == (48, 64)
+    whole, runtime = build_model(config, torch.float32), Runtime(Place(), torch.device("cpu"))
+    weights = initial_weights(config, whole, runtime, print)
+    values = theirs.state_dict()
+    for name, tensor in whole.state_dict().items():
+        part = Part.all_of(tuple(tensor.shape))
+        expected = values[name.removeprefix("transformer.")]
+        assert torch.equal(weights.read(name, part), expected)
+        if tensor.ndim == 2:
+            rows = part.narrow(0, 1, 5)
+            assert torch.equal(weights.read(name, rows), expected[1:5])
+    del values["ln_f.bias"]
+    save_file(values, "base/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks the tensor transformer\.ln_f\.bias"):
+        initial_weights(config, whole, runtime, print)
+
+
 def test_a_folder_with_code_of_its_own_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +217,19 @@ def test_what_is_for_dtts_own_decoder_is_refused(
     assert main(["train", *flags(given), *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_model_that_cannot_keep_documents_apart_begins_no_run(folder: Path) -> None:
+    sizes = SIZES.replace("}", ", word_embed_proj_dim: 32, ffn_dim: 32}")
+    opt = GPT2 | {"model.architecture": "opt", "model.settings": sizes}
+    apart = {"data.documents": "isolate", "data.packing": "best-fit"}
+    done = command(folder, ["train", *flags(opt | apart)])
+    assert done.code == 2 and not RUN.exists()
+    assert done.err == (
+        "dtt train: error: data.documents: this model cannot keep the documents of a window apart; "
+        "set data.documents join, or data.packing contiguous\n"
+    )
+    assert command(folder, ["train", *flags(opt | {"training.max_steps": "1"})]).code == 0
 
 
 def test_s2s_yaml_trains_as_it_stands(tmp_path: Path) -> None:

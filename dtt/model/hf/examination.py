@@ -46,9 +46,7 @@ def examine(objective: Objective) -> None:
                 )
             if "position_ids" in model._given:
                 places = torch.arange(length, device=device)[None] % half
-                model.isolates = _unmoved(
-                    objective, tokens, slice(half), slice(half, None), places
-                )
+                model.isolates = _unmoved(objective, tokens, slice(half), slice(half, None), places)
             else:
                 model.isolates = False
     finally:

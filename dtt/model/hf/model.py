@@ -24,6 +24,7 @@ from dtt.errors import ConfigError
 from dtt.model.hf.attention import use_blocks
 from dtt.model.hf.initial import Initial
 from dtt.model.hf.memory import HfMemory
+from dtt.model.hf.quiet import quiet
 from dtt.model.hf.settings import config_of
 from dtt.model.language_model import LanguageModel
 
@@ -49,8 +50,7 @@ class HfCausalModel(LanguageModel):
         self.settings = settings
         self.compute_dtype = torch.float32
         self.randomness = Drops(settings.dropout)
-        self.isolates: bool | None = None
-        """Whether it keeps documents apart; None: nobody has looked."""
+        self.isolates = None
         whole = without_memory(settings)
         self.__dict__["whole"] = whole
         for name, child in whole.named_children():
@@ -150,14 +150,6 @@ class HfCausalModel(LanguageModel):
             cache.length += tokens.shape[1]
         return found.to(self.compute_dtype)
 
-    def cannot_isolate(self) -> ConfigError:
-        """Return the error of a run whose documents must not see each other."""
-        return ConfigError(
-            f"data.documents: {self.settings.architecture} of transformers cannot keep the "
-            "documents of a window apart",
-            "set data.documents join, or data.packing contiguous",
-        )
-
     def _called(self, tokens: Tensor, given: dict[str, Any]) -> Tensor:
         """Return what enters the head, or logits where the head is not all that makes them."""
         device = tokens.device.type
@@ -256,7 +248,7 @@ def without_memory(settings: HfModel) -> Any:
 
     kind: Any = transformers.AutoModelForCausalLM
     try:
-        with _parameters_without_memory():
+        with quiet(), _parameters_without_memory():
             made = kind.from_config(config, dtype=torch.float32)
     except Exception as error:  # code of many authors
         text = " ".join(str(error).split())[:300]
