@@ -39,8 +39,9 @@ from dtt.errors import (
 from dtt.parallel.layout import resolve
 from dtt.reporting import report_error
 from dtt.training.batching import divide
+from dtt.training.engine import fit, require_engine
 from dtt.training.folder import run_folder
-from dtt.training.loop import closing_lines, fit
+from dtt.training.loop import closing_lines
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import exit_on_preemption
 from dtt.training.run import open_run
@@ -107,6 +108,7 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
     if place.launcher == "none" and workers > 1:
         layout = resolve(config.parallel, config.model, workers)
         divide(config.training, layout.data, layout.pipeline)
+        require_engine(config.training)
         return _run_workers(config, workers, resume, fresh)
     if place.ranks > 1:
         leave(_rank(config, resume, fresh, place.rank == 0))

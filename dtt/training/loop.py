@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from dtt.config.schema import Config
 from dtt.dist import local
 from dtt.errors import NumericError
-from dtt.evaluation import evaluate
+from dtt.evaluation import Evaluation, evaluate
 from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.optim.schedule import learning_rate
@@ -68,9 +68,13 @@ class Readings:
         self.last: dict[str, float] = {}
         self.stop = False
         """Whether some rank was asked to stop."""
+        self.validation: tuple[int, Evaluation] | None = None
+        """The newest validation, and the step that it was after."""
 
-    def add(self, step: int, tokens: int, factor: float, result: StepResult) -> None:
-        self._waiting.append((step, tokens, factor, result))
+    def add(self, factor: float, result: StepResult) -> None:
+        """Take the figures of the step after those that the run has counted."""
+        state = self._run.state
+        self._waiting.append((state.step + 1, state.tokens + result.tokens, factor, result))
         while len(self._waiting) > self._lag:
             self._read()
 
@@ -104,39 +108,51 @@ def fit(run: Run) -> TrainState:
     """
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
-    first = state.step + 1
     with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
-        while state.step < run.steps:
+        while state.step < run.steps and not readings.stop:
             stop = preemption.requested is not None
             result = run.stepper.step(next(batches), state.step, stop)
             factor = learning_rate(run.config.schedule, state.step, run.steps)
-            tokens = state.tokens + result.tokens
-            readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
+            readings.add(factor, result)  # raises before a bad update
             run.stepper.update(factor)
-            state.step, state.tokens = state.step + 1, tokens
-            run.meter.add(result.tokens)
-            if state.step == first:
-                run.reserve()  # the optimizer has its state from now on
-            run.reporter.advance(state.step)
-            if run.profiler is not None:
-                run.profiler.step()
-            if due.log(state.step):
-                _log(run, readings)
-            best = _validate(run, readings) if due.evaluate(state.step) else None
-            if due.sample(state.step):
-                _sample(run)
-            run.checkpoints.poll()
-            if due.checkpoint(state.step) or best is not None or readings.stop:
-                readings.drain()
-                with run.pause():
-                    _refuse_bad_weights(run)
-                    run.save(best)
-            if readings.stop:
-                break
+            count_step(run, due, readings, result.tokens)
+    end(run)
+    return state
+
+
+def count_step(run: Run, due: Due, readings: Readings, tokens: int) -> None:
+    """Count a step of so many target tokens whose update is done, and do what is due after it."""
+    state = run.state
+    state.step, state.tokens = state.step + 1, state.tokens + tokens
+    run.meter.add(tokens)
+    if state.step == run.begun_at + 1:
+        run.reserve()  # the optimizer has its state from now on
+    run.reporter.advance(state.step)
+    if run.profiler is not None:
+        run.profiler.step()
+    if due.log(state.step):
+        _log(run, readings)
+    best = validate(run, readings) if due.evaluate(state.step) else None
+    if due.sample(state.step):
+        _sample(run)
+    run.checkpoints.poll()
+    if due.checkpoint(state.step) or best is not None or readings.stop:
+        save(run, readings, best)
+
+
+def save(run: Run, readings: Readings, best: float | None = None) -> None:
+    """Save the state, with the validation loss if it is the lowest so far."""
+    readings.drain()
+    with run.pause():
+        _refuse_bad_weights(run)
+        run.save(best)
+
+
+def end(run: Run) -> None:
+    """End what goes on beside the steps; StorageError if the last save failed."""
     if run.profiler is not None:
         run.profiler.close()
     run.checkpoints.finish()
-    return state
 
 
 def _refuse_bad_weights(run: Run) -> None:
@@ -156,7 +172,7 @@ def _log(run: Run, readings: Readings) -> None:
     run.track({f"train/{name}": value for name, value in figures.items()})
 
 
-def _validate(run: Run, readings: Readings) -> float | None:
+def validate(run: Run, readings: Readings) -> float | None:
     """Measure the validation loss; return it if it is the lowest so far."""
     readings.drain()
     settings, state = run.config.evaluation, run.state
@@ -170,6 +186,7 @@ def _validate(run: Run, readings: Readings) -> float | None:
         )
     if not math.isfinite(result.loss):
         raise NumericError(f"step {state.step}: the validation loss is {result.loss}", CALM)
+    readings.validation = state.step, result
     improved = state.best_loss is None or result.loss < state.best_loss
     if improved:
         state.best_loss = result.loss
