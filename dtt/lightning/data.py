@@ -12,9 +12,7 @@ from torch import Tensor
 
 from dtt.config.load import named
 from dtt.config.schema import Config
-from dtt.data.corpora import prepare_corpora
 from dtt.data.loader import Batch
-from dtt.data.progress import progress
 from dtt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -85,16 +83,11 @@ class Validation:
 
 
 class DttData(LightningDataModule):
-    """The text of a configuration, for a DttModule of the same one."""
+    """The text of a configuration, for a DttModule of the same one, which prepares it."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = named(config)
-
-    def prepare_data(self) -> None:
-        """Tokenize the text, if that is still to be done, on one rank of each machine."""
-        with progress() as advance:
-            prepare_corpora(self.config.data, self.config.tokenizer, report=print, advance=advance)
 
     def train_dataloader(self) -> Micros:
         """Return the forwards that are left of the run."""

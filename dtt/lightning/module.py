@@ -77,6 +77,8 @@ class DttModule(LightningModule):
                 torch.set_num_threads(self.config.training.threads)
             opened = open_run(self.config, runtime, self._resume, self._fresh)
             self.run = self._opened.enter_context(opened)
+            if self.run.state.step >= self.run.steps and self.trainer.ckpt_path is None:
+                self.run.reporter.info(f"{self.run.folder} is already complete")
         accumulation = self.run.stepper.division.accumulation
         if self.trainer.accumulate_grad_batches not in (1, accumulation):
             raise ConfigError(
@@ -101,7 +103,8 @@ class DttModule(LightningModule):
     def on_train_start(self) -> None:
         """Take over signals: Lightning's handlers would not let all ranks stop at one step."""
         run = self.run
-        _REPLICATED.append(self.trainer.strategy.model)
+        if run.runtime.ranks > 1:
+            _REPLICATED.append(self.trainer.strategy.model)
         self.due = Due(run.config, run.steps, run.loader.steps_per_epoch)
         self.readings = Readings(run)
         self._preemption = self._started.enter_context(Preemption())
