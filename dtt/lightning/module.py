@@ -26,6 +26,7 @@ from dtt.metrics.loggers import MetricsFile
 from dtt.optim.schedule import learning_rate
 from dtt.place import Place
 from dtt.training.loop import Due, Readings, count_step, end, save, validate
+from dtt.training.picture import draw_loss
 from dtt.training.preemption import Preemption
 from dtt.training.run import open_run
 from dtt.training.state import Run
@@ -140,8 +141,9 @@ class DttModule(LightningModule):
         assert self._nats is not None
         stop = self._preemption.requested is not None
         result = self.run.stepper.finish(self._batch, self._nats, stop)
-        self._nats = None
-        self.readings.add(self._factor(), result)
+        self._nats, state = None, self.run.state
+        tokens = state.tokens + result.tokens
+        self.readings.add(state.step + 1, tokens, self._factor(), result)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
@@ -179,8 +181,8 @@ class DttModule(LightningModule):
                 save(run, self.readings, best)
             measured = self.readings.validation
         figures = {} if measured is None else asdict(measured[1])
-        for name in figures.keys() & {"loss", "perplexity", "bits_per_byte"}:
-            self.log(f"val_{name}", figures[name], batch_size=1)
+        for name in ("loss", "perplexity", "bits_per_byte") if figures else ():
+            self.log(f"val_{name}", figures[name], batch_size=1, sync_dist=True)
 
     def on_train_end(self) -> None:
         """Save where Lightning's limits ended the run, and end what goes on beside the steps."""
@@ -189,6 +191,8 @@ class DttModule(LightningModule):
             save(self.run, self.readings)
         end(self.run)
         self._started.close()
+        if self._opens and self.run.runtime.is_main:
+            draw_loss(self.run.folder, self.run.reporter.warning)
 
     def teardown(self, stage: str) -> None:
         """Close the run, if it was opened here."""

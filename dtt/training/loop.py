@@ -71,10 +71,8 @@ class Readings:
         self.validation: tuple[int, Evaluation] | None = None
         """The newest validation, and the step that it was after."""
 
-    def add(self, factor: float, result: StepResult) -> None:
-        """Take the figures of the step after those that the run has counted."""
-        state = self._run.state
-        self._waiting.append((state.step + 1, state.tokens + result.tokens, factor, result))
+    def add(self, step: int, tokens: int, factor: float, result: StepResult) -> None:
+        self._waiting.append((step, tokens, factor, result))
         while len(self._waiting) > self._lag:
             self._read()
 
@@ -108,15 +106,17 @@ def fit(run: Run) -> TrainState:
     """
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
-    with Preemption() as preemption, run.reporter.bar(state.step), contextlib.closing(batches):
-        while state.step < run.steps and not readings.stop:
-            stop = preemption.requested is not None
-            result = run.stepper.step(next(batches), state.step, stop)
-            factor = learning_rate(run.config.schedule, state.step, run.steps)
-            readings.add(factor, result)  # raises before a bad update
-            run.stepper.update(factor)
-            count_step(run, due, readings, result.tokens)
-    end(run)
+    with Preemption() as preemption:
+        with run.reporter.bar(state.step), contextlib.closing(batches):
+            while state.step < run.steps and not readings.stop:
+                stop = preemption.requested is not None
+                result = run.stepper.step(next(batches), state.step, stop)
+                factor = learning_rate(run.config.schedule, state.step, run.steps)
+                tokens = state.tokens + result.tokens
+                readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
+                run.stepper.update(factor)
+                count_step(run, due, readings, result.tokens)
+        end(run)  # a second signal must not end a save
     return state
 
 
