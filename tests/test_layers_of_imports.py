@@ -38,6 +38,7 @@ ROWS = {
     "dtt.training": 4,
     "dtt.evaluation": 4,
     "dtt.generation": 4,
+    "dtt.lightning": 4,
     "dtt.verification": 5,
     "dtt.launch": 5,
     "dtt.doctor": 5,

@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def write(job: Job, options: argparse.Namespace) -> str:
     """Return the manifest; ConfigError where what a pod needs is not said."""
     if not options.image:
-        raise ConfigError("which container image?", "give --image IMAGE, one with dtt")
+        raise ConfigError("k8s: no container image is given", "give --image IMAGE, one with dtt")
     if not options.claim:
         raise ConfigError(
             "a pod's own disk is lost with it",

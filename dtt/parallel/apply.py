@@ -73,7 +73,8 @@ def parallelize(
                 setattr(module, name, buffer.to(runtime.device))
         stage.model.reset()
     found.load(weights)
-    if layout.is_plain and layout.replicate > 1:
+    by_us = config.training.engine == "dtt"  # Lightning replicates by itself
+    if layout.is_plain and layout.replicate > 1 and by_us:
         found.called = _replicated(objective)
     if layout.pipeline > 1:
         found.pipeline = _pipeline(found, config, rows // forwards, forwards)

@@ -26,7 +26,8 @@ from dtt.huggingface.origin import with_origin
 from dtt.parallel.layout import resolve
 from dtt.reporting import report_error
 from dtt.training.batching import divide
-from dtt.training.loop import closing_lines, fit
+from dtt.training.engine import fit
+from dtt.training.loop import closing_lines
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import exit_on_preemption
 from dtt.training.run import open_run

@@ -44,6 +44,7 @@ from dtt.tokenizer import Tokenizer
 from dtt.training.batching import divide
 from dtt.training.build import SavedGroup, build_model, build_stepper, load_optimizer
 from dtt.training.checkpoint import Checkpoints
+from dtt.training.engine import refuse_for_engine, require_engine
 from dtt.training.folder import (
     refuse_foreign_folder,
     remove_old_run,
@@ -199,6 +200,7 @@ def _refuse_settings(
         )
     if not layout.is_plain and dtype == torch.float16:
         raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
+    refuse_for_engine(training, layout, dtype)
     if config.training.fp8:
         refuse_without_fp8(device)
     if config.parallel.offload and config.optimizer.name == "muon" and device.type != "cpu":
@@ -214,6 +216,7 @@ def _require_packages(config: Config) -> None:
         find_tracker(name)
     if config.logging.resources:
         require_resources()
+    require_engine(config.training)
 
 
 def _trackers(
