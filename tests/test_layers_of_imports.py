@@ -27,6 +27,7 @@ ROWS = {
     "dtt.alarm": 0,
     "dtt.rendezvous": 0,
     "dtt.storage": 0,
+    "dtt.runs": 0,
     "dtt.config": 1,
     "dtt.data": 2,
     "dtt.tokenizer": 2,

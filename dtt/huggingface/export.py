@@ -30,9 +30,10 @@ from dtt.huggingface.tokenizers import first_difference, tokenizer_files
 from dtt.huggingface.writer import Row, write_weights
 from dtt.model.decoder import Decoder
 from dtt.parallel.part import Part
+from dtt.runs import find_run
 from dtt.tokenizer import Tokenizer
 from dtt.training.load import check_weights, saved_config, saved_tokenizer
-from dtt.training.saved import Saved, find_run, open_checkpoint
+from dtt.training.saved import Saved, open_checkpoint
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = ("config.json", "config.yaml", "README.md")

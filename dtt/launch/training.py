@@ -12,8 +12,9 @@ from dtt.data.corpora import prepare_corpora
 from dtt.data.progress import progress
 from dtt.dist import find_place, leave
 from dtt.errors import EXIT_DONE, EXIT_PREEMPTED
+from dtt.training.batching import require_layout
 from dtt.training.engine import require_engine
-from dtt.training.launch import require_layout, train, train_rank
+from dtt.training.launch import train, train_rank
 
 
 def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -> int:

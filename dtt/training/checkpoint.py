@@ -24,26 +24,12 @@ from torch import Tensor
 from dtt import storage
 from dtt.errors import DttError, StorageError
 from dtt.parallel.part import Part
+from dtt.runs import MANIFEST, STEP, scan
 from dtt.storage import Written, failpoint
 from dtt.training.ranks import collect, contribute, write_parts
-from dtt.training.saved import (
-    FORMAT,
-    MANIFEST,
-    STATE,
-    STEP,
-    Saved,
-    best_loss,
-    find_run,
-    newest,
-    open_checkpoint,
-    read,
-    scan,
-    seal,
-)
+from dtt.training.saved import FORMAT, STATE, Saved, best_loss, newest, read, seal
 from dtt.training.snapshot import Group, Staging, digest_of, untie
 from dtt.version import __version__
-
-__all__ = ["Checkpoints", "Saved", "find_run", "open_checkpoint"]
 
 LEFTOVER = regex(r"step-\d{8,}\.\w+\.tmp|\.(last|best)\.\w+\.tmp|\.trash-.+")
 """Names that only a save cut short leaves behind."""

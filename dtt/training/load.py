@@ -19,8 +19,9 @@ from dtt.errors import CheckpointError, ConfigError
 from dtt.metrics.loggers import metrics_table
 from dtt.model.decoder import Decoder
 from dtt.precision import choose_precision
+from dtt.runs import find_run
 from dtt.tokenizer import Tokenizer, fingerprint, named_end, parse_tokenizer
-from dtt.training.saved import Saved, find_run, open_checkpoint
+from dtt.training.saved import Saved, open_checkpoint
 
 
 @dataclass(frozen=True)

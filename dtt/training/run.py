@@ -41,7 +41,7 @@ from dtt.parallel.model import ParallelModel, Reader
 from dtt.parallel.waiting import knows_waits, reducer_waits
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
-from dtt.training.batching import divide
+from dtt.training.batching import require_layout
 from dtt.training.build import SavedGroup, build_model, build_stepper, load_optimizer
 from dtt.training.checkpoint import Checkpoints
 from dtt.training.engine import refuse_for_engine, require_engine
@@ -76,8 +76,7 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
         with memory_explained(config, runtime, folder):
             yield _build(config, runtime, folder, reporter, resume, fresh)
         return
-    layout = resolve(config.parallel, config.model, runtime.ranks)
-    divide(config.training, layout.data, layout.pipeline)  # refuse before anything is touched
+    require_layout(config, runtime.ranks)  # refuse before anything is touched
     is_new = not folder.exists()
     with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)

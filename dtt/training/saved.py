@@ -1,4 +1,4 @@
-"""Reading checkpoints: find a run, choose a checkpoint in it, and prove it whole before use.
+"""Reading checkpoints: choose one in a run, and prove it whole before use.
 
 RUN/checkpoints/step-00000400/ holds one safetensors file per tensor group (one per rank, where
 ranks divide the model), state.json, further files (config.yaml, the tokenizer) and manifest.json,
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from torch import Tensor
 from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.machine import cores
 from dtt.parallel.part import Part
+from dtt.runs import MANIFEST, STEP, scan
 from dtt.storage import file_digest, storage_errors
 from dtt.training.snapshot import digest
 from dtt.training.stored import StoredTensors
@@ -35,12 +35,8 @@ from dtt.version import __version__
 
 FORMAT = 3
 """Version of the folder's layout; a reader refuses every other."""
-MANIFEST = "manifest.json"
 STATE = "state.json"
-STEP = re.compile(r"step-(\d{8,})(\.old)?")
-"""A committed checkpoint; `.old` is one that is being replaced by another of the same step."""
 LARGEST_JSON = 64 << 20
-PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
 @dataclass(frozen=True)
@@ -103,18 +99,6 @@ def seal(manifest: dict[str, Any]) -> bytes:
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     whole = hashlib.sha256(json.dumps(rest, allow_nan=False).encode()).hexdigest()
     return (json.dumps({**rest, "seal": whole}, indent=2) + "\n").encode()
-
-
-def scan(folder: Path) -> list[Path]:
-    """Return the committed checkpoints in a `checkpoints` folder, newest step first, unverified."""
-    if not folder.is_dir():
-        return []
-    with storage_errors(folder, "read"):
-        names = {path.name: path for path in folder.iterdir() if not path.is_symlink()}
-    found = [(match, names[name]) for name in names if (match := STEP.fullmatch(name))]
-    # Of two with the same step, the one that replaces the other comes first.
-    found.sort(key=lambda item: (-int(item[0][1]), item[0][2] is not None))
-    return [path for _, path in found if path.is_dir()]
 
 
 def read(path: Path, groups: Collection[str] | None = None, *, hashed: bool = True) -> Saved:
@@ -289,71 +273,6 @@ def best_loss(path: Path) -> float | None:
     """Return the validation loss of a checkpoint saved as the best so far, None for any other."""
     loss = read_manifest(path)["best_loss"]
     return None if loss is None else float(loss)
-
-
-def find_run(path: Path | None) -> Path:
-    """Return the run folder that `path` is or is inside of; None: the newest run in ./runs.
-
-    Raises CheckpointError, which says what is there instead.
-    """
-    if path is None:
-        found = [child for child in _children(Path("runs")) if _is_run(child)]
-        if not found:
-            raise CheckpointError("there is no run in ./runs", "name a run folder, or train one")
-        return max(found, key=_touched)
-    if path.is_file():
-        raise _not_a_folder(path)
-    if not path.exists():
-        elsewhere = Path("runs") / path
-        hint = f"did you mean {elsewhere}?" if _is_run(elsewhere) else _runs_in(path.parent)
-        raise CheckpointError(f"{path} does not exist", hint)
-    for folder in (path, *path.absolute().parents[:2]):
-        if _is_run(folder):
-            return folder
-    raise CheckpointError(f"{path} is not a run (no config.yaml, no checkpoints)", _runs_in(path))
-
-
-def _is_run(folder: Path) -> bool:
-    if _is_checkpoint(folder):  # it has a config.yaml of its own
-        return False
-    return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    named = STEP.fullmatch(folder.name) is not None and folder.is_dir()
-    return named or (folder / MANIFEST).is_file()  # a copy may have any name
-
-
-def _children(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    with storage_errors(folder, "read"):
-        return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-def _touched(run: Path) -> float:
-    parts = (run, run / "config.yaml", run / "checkpoints", run / "metrics.jsonl")
-    return max(path.stat().st_mtime for path in parts if path.exists())
-
-
-def _runs_in(folder: Path) -> str:
-    runs = [str(path) for path in _children(folder) if _is_run(path)]
-    return f"runs there: {', '.join(runs[:8])}" if runs else "name the folder that training wrote"
-
-
-def _not_a_folder(path: Path) -> CheckpointError:
-    with storage_errors(path, "read"), path.open("rb") as file:
-        start = file.read(2)
-    if path.suffix in PICKLES or start in (
-        b"PK",
-        b"\x80\x02",
-        b"\x80\x03",
-        b"\x80\x04",
-        b"\x80\x05",
-    ):
-        what = f"{path} is a pickle, which can run code when it is opened; dtt never opens one"
-        return CheckpointError(what, "name the folder of a run")
-    return CheckpointError(f"{path} is a file, not a run folder", "name the folder of a run")
 
 
 def _member(folder: Path, name: str) -> Path:

@@ -57,7 +57,7 @@ K8S = "k8s --image i --claim c"
         ("mpi --master-port 99999", "--master-port: should be an integer from 1024 to 65535"),
         ("k8s", "k8s: no container image is given; give --image IMAGE"),
         ("k8s --image i", "a pod's own disk is lost with it; give --claim NAME"),
-        (f"{K8S} --memory big", "--memory: should be a size as 64Gi, got 'big'"),
+        (f"{K8S} --memory big", "--memory: should be a size such as 64Gi, got 'big'"),
         (f"{K8S} --kind pod", "--kind: invalid choice: 'pod'"),
         ("skypilot --managed", "--managed: the disk of a spot machine is lost with it; give --b"),
         ("skypilot --gpus-per-node 8", "--gpus-per-node 8: which GPUs?; give --accelerator NAME"),
