@@ -94,6 +94,14 @@ class Runtime:
         result: T = outcome[0]
         return result
 
+    def first(self, value: str | None) -> str | None:
+        """Return, on every rank, the value of the first rank that has one."""
+        if self.ranks == 1:
+            return value
+        found: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return next((each for each in found if each is not None), None)
+
     @contextmanager
     def sharing_failures(self) -> Iterator[None]:
         """Tell the other ranks of an error that leaves the block, and name the rank that is lost.

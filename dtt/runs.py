@@ -56,14 +56,15 @@ def find_run(path: Path | None, *, planned: bool = False) -> Path:
 
 
 def _is_run(folder: Path, planned: bool = False) -> bool:
-    if _is_checkpoint(folder):  # it has a config.yaml of its own
+    if is_checkpoint(folder):  # it has a config.yaml of its own
         return False
     if planned and (folder / "logs").is_dir():
         return True
     return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, by its name or by what is in it."""
     named = STEP.fullmatch(folder.name) is not None and folder.is_dir()
     return named or (folder / MANIFEST).is_file()  # a copy may have any name
 

@@ -97,7 +97,7 @@ class LaunchParser(ConfigParser):
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="a variable that every rank gets, such as GLOO_SOCKET_IFNAME=eth0; may be repeated",
+            help="a variable that every rank gets (GLOO_SOCKET_IFNAME=eth0); may be repeated",
         )
         self.add_argument(
             "--print", action="store_true", help="show what would be started, and stop"

@@ -42,7 +42,7 @@ from dtt.parallel.waiting import knows_waits, reducer_waits
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import require_layout
-from dtt.training.build import SavedGroup, build_model, build_stepper, load_optimizer
+from dtt.training.build import build_model, build_stepper, load_optimizer
 from dtt.training.checkpoint import Checkpoints
 from dtt.training.engine import refuse_for_engine, require_engine
 from dtt.training.folder import (
@@ -54,6 +54,7 @@ from dtt.training.folder import (
 from dtt.training.load import check_weights, saved_config
 from dtt.training.memory import memory_explained
 from dtt.training.profile import StepProfiler
+from dtt.training.proof import Proof, build_whole
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
@@ -117,7 +118,6 @@ def _build(
     )
     corpora = _share_corpora(config, runtime, reporter)
     config = _resolve_vocabulary(config, corpora.tokenizer)
-    saved = _share_checkpoint(config, runtime, corpora, checkpoints, resume, fresh, reporter)
     layout = resolve(config.parallel, config.model, runtime.ranks)
     loader = _loader(config, corpora, runtime, layout)
     steps = _steps(config, loader)
@@ -127,9 +127,11 @@ def _build(
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
     names = [name for name, _ in model.named_parameters()]
-    weights = _weights(config, model, runtime, saved, reporter)
-    stepper = build_stepper(model, layout, config, runtime, dtype, weights)
-    state = _restore(saved, stepper)
+    choose = partial(
+        _share_checkpoint, config, runtime, corpora, checkpoints, resume, fresh, reporter
+    )
+    build = partial(_from_checkpoint, config, layout, dtype, runtime, reporter)
+    stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
     if runtime.is_main:
         reporter.total(steps)
     run = Run(
@@ -157,13 +159,28 @@ def _build(
     return run
 
 
+def _from_checkpoint(
+    config: Config,
+    layout: Layout,
+    dtype: torch.dtype,
+    runtime: Runtime,
+    reporter: Reporter,
+    proof: Proof | None,
+) -> tuple[Stepper, TrainState]:
+    model = build_model(config, dtype)
+    weights = _weights(config, model, runtime, proof, reporter)
+    stepper = build_stepper(model, layout, config, runtime, dtype, weights)
+    return stepper, _restore(proof, stepper)
+
+
 def _weights(
-    config: Config, model: Decoder, runtime: Runtime, saved: Saved | None, reporter: Reporter
+    config: Config, model: Decoder, runtime: Runtime, proof: Proof | None, reporter: Reporter
 ) -> Reader | None:
     """Return the checkpoint's weights, else those of init_from; None: the run makes its own."""
-    if saved is not None:
-        check_weights(model, saved.shapes("model"), saved.path)
-        return SavedGroup(saved, "model")
+    if proof is not None:
+        found = proof.group("model")
+        check_weights(model, found.shapes(), proof.saved.path)
+        return found
     if config.init_from is not None:
         return initial_weights(config, model, runtime, reporter.info)
     return None
@@ -297,14 +314,14 @@ def _share_checkpoint(
     fresh: bool,
     reporter: Reporter,
 ) -> Saved | None:
-    """Choose the checkpoint to continue from on the main rank, and open it on all."""
+    """Choose the checkpoint to continue from on the main rank, and open it on all, not proven."""
     chosen: list[Saved] = []
 
     def choose() -> str | None:
-        saved = None if fresh else checkpoints.newest()
+        saved = None if fresh else checkpoints.newest(hashed=False)
         own = saved is not None
         if saved is None and resume is not None:
-            saved = open_checkpoint(Path(resume), "last")
+            saved = open_checkpoint(Path(resume), "last", hashed=False)
             reporter.info(f"starting from {saved.path}")
         elif saved is not None:
             reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
@@ -352,12 +369,12 @@ def _steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _restore(saved: Saved | None, stepper: Stepper) -> TrainState:
-    if saved is None:
+def _restore(proof: Proof | None, stepper: Stepper) -> TrainState:
+    if proof is None:
         return TrainState()
-    load_optimizer(stepper, SavedGroup(saved, "optimizer"))
-    if saved.state["scaler"]:
-        stepper.scaler.load_state_dict(saved.state["scaler"])
-    state = saved.state
+    load_optimizer(stepper, proof.group("optimizer"))
+    state = proof.saved.state
+    if state["scaler"]:
+        stepper.scaler.load_state_dict(state["scaler"])
     owes = state.get("owes_validation", False)  # older checkpoints do not say
     return TrainState(state["step"], state["best_loss"], state["tokens"], owes)

@@ -21,6 +21,7 @@ from small_run import (
     wait,
 )
 
+from dtt.runs import newest_step
 
 pytestmark = pytest.mark.processes
 Uninterrupted = Callable[[int], Path]

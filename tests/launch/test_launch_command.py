@@ -51,7 +51,10 @@ K8S = "k8s --image i --claim c"
         ("ssh --hosts -oProxyCommand=x", "--hosts: needs a value"),
         ("ssh --hosts a,-oX", "--hosts: should be hosts with commas between them, got '-oX'"),
         ("ssh --hosts a;b", "--hosts: should be hosts with commas between them, got 'a;b'"),
-        ("mpi --nodes 2", "mpi: no hosts are given for 2 nodes; give --hosts A,B,... or --hostfile FILE"),
+        (
+            "mpi --nodes 2",
+            "mpi: no hosts are given for 2 nodes; give --hosts A,B,... or --hostfile FILE",
+        ),
         ("mpi --hosts a --hostfile f", "--hosts and --hostfile name the same thing; give one"),
         ("mpi --flavour lam", "--flavour: invalid choice: 'lam'"),
         ("mpi --master-port 99999", "--master-port: should be an integer from 1024 to 65535"),
@@ -60,10 +63,15 @@ K8S = "k8s --image i --claim c"
         (f"{K8S} --memory big", "--memory: should be a size such as 64Gi, got 'big'"),
         (f"{K8S} --kind pod", "--kind: invalid choice: 'pod'"),
         ("skypilot --managed", "--managed: the disk of a spot machine is lost with it; give --b"),
-        ("skypilot --gpus-per-node 8", "--gpus-per-node 8: which GPUs?; give --accelerator NAME"),
-        ("skypilot --accelerator H100", "--accelerator H100: how many?; give --gpus-per-node G"),
+        (
+            "skypilot --gpus-per-node 8",
+            "no kind is given for 8 GPUs a node; give --accelerator NAME",
+        ),
+        (
+            "skypilot --accelerator H100",
+            "--accelerator H100: no number is given; give --gpus-per-node G",
+        ),
         ("logs --rank x", "--rank: should be an integer of at least 0, got 'x'"),
-        ("status", "no run in runs/; name the folder of one"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

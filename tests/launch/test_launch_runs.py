@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from small_run import flags, losses, write_text
 
 from dtt.machine import free_port

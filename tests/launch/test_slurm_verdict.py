@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import stat
 import sys
@@ -149,7 +148,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     calls.touch()
     answers = {
         "scontrol": 'case "$1 $4" in "show 12") echo "JobId=12 JobState=${STATE:-RUNNING} '
-        'Reason=${REASON:-None} ExcNodeList=(null) Partition=main TimeLimit=01:00:00 NumNodes=2 '
+        "Reason=${REASON:-None} ExcNodeList=(null) Partition=main TimeLimit=01:00:00 NumNodes=2 "
         "CPUs/Task=4 NtasksPerN:B:S:C=8:0:*:* MinMemoryNode=64G Features=(null) "
         'TresPerNode=gres/gpu:h100:8,gres/shm";; esac\n'
         'if [ "$1" = requeue ]; then exit ${REQUEUE:-0}; fi',
@@ -250,6 +249,7 @@ def test_what_slurm_ended_is_written_down_by_the_next_attempt(
     assert [(a.begun, a.ended, a.failed) for a in found] == [
         (0, 4, ("node2",)),
         (4, 8, ("node2",)),
+        (8, 8, ()),  # was not to have that node
     ]
     assert asked(commands, "scontrol update") == ["scontrol update JobId=12 ExcNodeList=node2"]
     # A Slurm that goes on with that node all the same is not asked for ever.
