@@ -16,8 +16,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
+from dtt import network
 from dtt.config.load import named
 from dtt.errors import ConfigError, PeerError
 from dtt.launch.arguments import train_parser
@@ -29,6 +31,10 @@ from dtt.training.batching import require_layout
 
 PAUSE = 1.0
 """Seconds between two tries to reach the place where the machines meet."""
+UNSAID = 5.0
+"""Seconds that machines may start one after the other without a word of it."""
+ANSWER = 3.0
+"""Seconds that it has to answer."""
 ROLE = "default_role"
 
 
@@ -129,19 +135,37 @@ def _meeting(launch: LaunchConfig) -> Any:
         local_addr=launch.local_addr,
         **(SETTINGS | launch.rdzv_configs),
     )
-    deadline = time.monotonic() + float(parameters.config["join_timeout"])
-    waits = False
+    begun, waits = time.monotonic(), False
+    place = parse_rendezvous_endpoint(launch.rdzv_endpoint, PORT)
     while True:
         try:
+            _look_for(parameters)
             return get_rendezvous_handler(parameters)
         except RendezvousConnectionError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            if time.monotonic() > deadline:
-                raise PeerError(
-                    f"the machines cannot meet at {launch.rdzv_endpoint}: {reason}",
-                    "start the launcher on that machine, too, and look at its firewall",
-                ) from error
-        if not waits:
-            say(f"waiting for {launch.rdzv_endpoint}, where the machines of this run meet")
+        except OSError as error:
+            reason, _ = network.explain(error, *place)
+        waited = time.monotonic() - begun
+        if waited > float(parameters.config["join_timeout"]):
+            raise PeerError(
+                f"the machines cannot meet at {launch.rdzv_endpoint}: {reason}",
+                "start the launcher on that machine, too, and look at its firewall",
+            )
+        if waited > UNSAID and not waits:
+            where = f"{launch.rdzv_endpoint}, where the machines of this run meet"
+            say(f"waiting for {where}: {reason}")
             waits = True
         time.sleep(PAUSE)
+
+
+def _look_for(parameters: RendezvousParameters) -> None:
+    """Raise OSError where the machine at which all meet is another, and does not answer.
+
+    torch's store would write pages about each try, and not why.
+    """
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
+    is_here = parameters.get_as_bool("is_host")
+    if is_here is None:
+        is_here = any(map(network.is_own, network.resolve(host, port, ANSWER)))
+    if parameters.backend == "c10d" and not is_here:
+        network.reach(host, port, ANSWER)
