@@ -1,4 +1,4 @@
-"""What the machine gives this process: cores, ports, how the C library hands out memory."""
+"""What the machine gives this process: cores, memory and how the C library hands it out, ports."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+GROUPS = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
@@ -34,6 +37,49 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory() -> tuple[float, float]:
+    """Return free and total bytes: of the machine, or of this process's control group if that has
+    less; zeros where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        rows = {name: float(rest.split()[0]) * 1024 for name, rest in (r.split(":") for r in lines)}
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    free, total = rows.get("MemAvailable", 0.0), rows["MemTotal"]
+    for group in _control_groups():
+        most, taken = _limit(group)
+        if most < total:
+            free, total = min(free, most - taken), most
+    return max(free, 0.0), total
+
+
+def _control_groups() -> Iterator[Path]:
+    """The folders of the groups whose limits hold for this process: its own, and those above."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for _, kinds, path in (line.split(":", 2) for line in lines):
+        if kinds in ("", "memory"):
+            base = GROUPS / kinds
+            own = base / path.lstrip("/")
+            yield from (each for each in (own, *own.parents) if each.is_relative_to(base))
+
+
+def _limit(group: Path) -> tuple[float, float]:
+    """(limit, bytes taken) of a control group, what the kernel would give back at once left out."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file "),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            most = float((group / limit).read_text(encoding="ascii"))
+            taken = float((group / used).read_text(encoding="ascii"))
+            rows = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            return most, taken - sum(float(r.split()[1]) for r in rows if r.startswith(cache))
+    return float("inf"), 0.0
 
 
 def free_port() -> int:

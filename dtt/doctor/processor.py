@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dtt.doctor.finding import Finding, Subject, ok, skipped, warning
-from dtt.machine import cores
+from dtt.machine import cores, memory
 
 MATRIX = 1024
 """Rows and columns of the products that are timed."""
@@ -23,8 +22,6 @@ SCARCE = 2e9
 """Bytes of free memory below which there is a warning."""
 WATCHED = 0.3
 """Seconds for which the machine is watched before the examination begins."""
-
-GROUPS = Path("/sys/fs/cgroup")
 
 
 def busy_cores(seconds: float = WATCHED) -> float:
@@ -90,49 +87,6 @@ def judge_memory(free: float, total: float) -> Finding:
         mend = "end other programs, or ask for more memory (--mem in Slurm)"
         return warning(shown, mend, figures)
     return ok(shown, figures)
-
-
-def memory() -> tuple[float, float]:
-    """Return free and total bytes: of the machine, or of this process's control group if that has
-    less."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        rows = {name: float(rest.split()[0]) * 1024 for name, rest in (r.split(":") for r in lines)}
-    except (OSError, ValueError):
-        return 0.0, 0.0
-    free, total = rows.get("MemAvailable", 0.0), rows["MemTotal"]
-    for group in _control_groups():
-        most, taken = _limit(group)
-        if most < total:
-            free, total = min(free, most - taken), most
-    return max(free, 0.0), total
-
-
-def _control_groups() -> Iterator[Path]:
-    """The folders of the groups whose limits hold for this process: its own, and those above."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return
-    for _, kinds, path in (line.split(":", 2) for line in lines):
-        if kinds in ("", "memory"):
-            base = GROUPS / kinds
-            own = base / path.lstrip("/")
-            yield from (each for each in (own, *own.parents) if each.is_relative_to(base))
-
-
-def _limit(group: Path) -> tuple[float, float]:
-    """(limit, bytes taken) of a control group, what the kernel would give back at once left out."""
-    for limit, used, cache in (
-        ("memory.max", "memory.current", "inactive_file "),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
-    ):
-        with suppress(OSError, ValueError):  # "max": no limit
-            most = float((group / limit).read_text(encoding="ascii"))
-            taken = float((group / used).read_text(encoding="ascii"))
-            rows = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-            return most, taken - sum(float(r.split()[1]) for r in rows if r.startswith(cache))
-    return float("inf"), 0.0
 
 
 def check_matmul(subject: Subject) -> Iterator[Finding]:

@@ -12,8 +12,8 @@ from dtt.config.remote import Hub, Remote
 from dtt.config.schema import Config
 from dtt.doctor.disk import BYTES_OF_PARAMETER
 from dtt.doctor.finding import Finding, Subject, failed, ok, skipped, warning
-from dtt.doctor.processor import memory
 from dtt.errors import ConfigError, DataError
+from dtt.machine import memory
 from dtt.parallel.layout import Layout, resolve
 from dtt.training.batching import divide
 

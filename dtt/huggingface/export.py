@@ -30,12 +30,12 @@ from dtt.huggingface.tokenizers import first_difference, tokenizer_files
 from dtt.huggingface.writer import Row, write_weights
 from dtt.model.decoder import Decoder
 from dtt.parallel.part import Part
+from dtt.precision import DTYPES
 from dtt.runs import find_run
 from dtt.tokenizer import Tokenizer
 from dtt.training.load import check_weights, saved_config, saved_tokenizer
 from dtt.training.saved import Saved, open_checkpoint
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = ("config.json", "config.yaml", "README.md")
 """What a folder has of which --force may take the place."""
 
@@ -82,7 +82,13 @@ class Export:
             return [(name, shapes[name]) for name in Decoder(self.config.model).state_dict()]
 
     def _read(self, name: str, piece: Piece) -> Tensor:
-        return piece.from_ours(self.saved.part("model", name, piece.part))
+        part = self.saved.part("model", name, piece.part)
+        if not bool(part.isfinite().all()):
+            raise CheckpointError(
+                f"checkpoint {self.saved.path}: {name} has values that are not finite",
+                "export one from before that",
+            )
+        return piece.from_ours(part)
 
     def decoder(self) -> Decoder:
         """Return our model with the values that are exported, in fp32."""
@@ -105,15 +111,18 @@ def open_export(path: Path | None, checkpoint: str, to: str, dtype: str) -> Expo
     with torch.device("meta"):
         check_weights(Decoder(config.model), saved.shapes("model"), saved.path)
     family = family_of(config.model) if to == "hf" else None
-    return Export(saved, config, saved_tokenizer(saved), run, family, TYPES[dtype])
+    return Export(saved, config, saved_tokenizer(saved), run, family, DTYPES[dtype])
 
 
-def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
+def write_export(
+    export: Export, folder: Path, *, verify: bool = True, push: str | None = None
+) -> None:
     """Write `folder` durably, and prove it: with `verify` its logits are those of dtt, as
     `transformers` computes them, and its tokens are.
 
-    Nothing has the name `folder` before that, and what had it goes then. CheckpointError: the
-    logits differ; it names the part that is the first to drift.
+    Nothing has the name `folder` before that, and what had it goes then. Its card says how to load
+    it: from the Hub if it will be there as `push`. CheckpointError: the logits differ; it names the
+    part that is the first to drift.
     """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     storage.make_folder(temporary)
@@ -131,7 +140,7 @@ def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
             export.run,
             family=label,
             proven=export.proven,
-            usable=usable,
+            loaded=(push or folder.name) if usable else None,
         )
         storage.write_atomic(temporary / "README.md", text)
         _put(temporary, folder)
@@ -186,17 +195,15 @@ def _write_stock(export: Export, folder: Path, family: Family, verify: bool) -> 
     open_folder(folder, family, config, export.shapes)  # as init_from will
     if not verify:
         return
-    worst = prove(folder, family, export.decoder())
-    export.proven["logits"] = (
-        f"those of transformers differ from dtt's by at most {worst:.0e} of their range (fp32)"
-    )
+    proof = prove(folder, family, export.decoder())
+    export.proven["logits"] = f"those of transformers differ from dtt's by at most {proof}"
     difference = first_difference(folder, tokenizer, own)
     if difference is None:
         export.proven["tokenizer"] = "transformers gives the tokens of dtt"
         return
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         storage.remove(folder / name)
-    _warn(f"the tokenizer is left out, since transformers would read text otherwise: {difference}")
+    _warn(f"the tokenizer is left out, since transformers does not read text alike: {difference}")
 
 
 def export_command(
@@ -218,7 +225,7 @@ def export_command(
     export = open_export(run, checkpoint, to, dtype)
     folder = output or Path("exports") / f"{export.config.name or export.run.name}-{to}"
     _refuse_folder(folder, force)
-    write_export(export, folder, verify=verify)
+    write_export(export, folder, verify=verify, push=push)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     family = export.family.architecture if export.family else "dtt's own names"
     print(f"{export.run}, step {export.saved.step}: {folder}")
@@ -235,6 +242,13 @@ def export_command(
 
 def _refuse_folder(folder: Path, force: bool) -> None:
     """Raise ConfigError if the folder is there and must not be replaced."""
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):
+        raise ConfigError(
+            f"{folder} is the folder that you are in, or above it, and an export takes the place "
+            "of a whole folder",
+            "give -o the name of a new one",
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not force:
