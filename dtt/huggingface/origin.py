@@ -25,9 +25,10 @@ from dtt.huggingface.proof import prove
 from dtt.huggingface.settings import from_json
 from dtt.machine import memory
 from dtt.model.decoder import Decoder
+from dtt.runs import scan
 from dtt.training.folder import run_folder
 from dtt.training.load import saved_config
-from dtt.training.saved import read, scan
+from dtt.training.saved import read
 
 
 @dataclass(frozen=True)
