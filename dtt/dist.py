@@ -113,6 +113,10 @@ class Runtime:
                 raise self.alarm.lost() from error
             self.alarm.ring(error)
             raise
+        except (KeyboardInterrupt, SystemExit):  # a signal to this rank alone, perhaps
+            if self.alarm is not None:
+                self.alarm.ring(PeerError("it was stopped by a signal"))
+            raise
         finally:
             if self.alarm is not None:
                 self.alarm.close()
@@ -156,9 +160,10 @@ def start(
         device=str(torch.cuda.get_device_properties(chosen).uuid) if chosen.type == "cuda" else "",
         address=_interface_address(INTERFACE[chosen.type]),
     )
-    met = meet(place, find_point(place, os.environ), card, seconds)
+    point = find_point(place, os.environ)
+    met = meet(place, point, card, seconds)
     _join(met, place, chosen)
-    return Runtime(place, chosen, Alarm(met.room, met.cards))
+    return Runtime(place, chosen, Alarm(met.room, met.cards, point.served))
 
 
 def _is_loss(error: Exception) -> bool:
