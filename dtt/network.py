@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -223,8 +224,12 @@ def bounded(call: Callable[[], T], seconds: float) -> T:
     return task.result()
 
 
+@cache
 def slurm_address(node: str) -> str:
-    """Return the address that Slurm has for a node whose name does not resolve; else the name."""
+    """Return the address that Slurm has for a node whose name does not resolve; else the name.
+
+    Slurm is asked once: many ranks wait for one controller.
+    """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         words = ["scontrol", "show", "node", "--oneliner", node]
         done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
