@@ -79,7 +79,8 @@ def judge_interfaces(found: Mapping[str, list[str]], environ: Mapping[str, str])
 def check_port(subject: Subject) -> Iterator[Finding]:
     point = find_point(subject.place, subject.environ)
     if subject.place.ranks > 1:
-        yield skipped(f"{point.port}: the ranks of this launch meet there")
+        where = point.port or "one that rank 0 chooses"
+        yield skipped(f"{where}: the ranks of this launch meet there")
         return
     try:
         network.listen(point.port).close()
