@@ -129,6 +129,7 @@ def measure(rates: bool) -> list[dict[str, Any]]:
 
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.set_device(index)
         free, total = torch.cuda.mem_get_info(index)
         about, device = torch.cuda.get_device_properties(index), torch.device("cuda", index)
         dtype, _ = choose_precision("auto", device)
@@ -151,7 +152,6 @@ def _rates(device: Any, dtype: Any) -> dict[str, float]:
 
     from dtt.metrics import peak
 
-    torch.cuda.set_device(device)
     flops = peak.measure(device, dtype)
     source = torch.zeros(BLOCK // 4, device=device)
     target = torch.empty_like(source)
