@@ -62,7 +62,8 @@ class Alarm:
         store = self._room.store
         known = isinstance(error, OtherRankError)
         if known or store.compare_set("failed", "", reason).decode() != reason:
-            store.add("heard", 1)  # it ends for the same reason
+            if not self._heard:  # else it has been counted
+                store.add("heard", 1)  # it ends for the same reason
             return
         self._linger()
 
@@ -102,8 +103,9 @@ class Alarm:
             if not self._heard and store.check(["failed"]):
                 first = json.loads(store.get("failed"))
                 card = self._cards[first["rank"]]
-                self._heard = f"rank {card.rank} on {card.host} failed: {first['what']}"
-                store.add("heard", 1)
+                if card.rank != self._room.card.rank:  # which waits for the others to hear it
+                    self._heard = f"rank {card.rank} on {card.host} failed: {first['what']}"
+                    store.add("heard", 1)
         except dist.DistError:
             if self._served:
                 return False
