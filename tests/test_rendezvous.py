@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from meeting_ranks import Ended, Rank, by_hand, free_port
-
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from dtt import rendezvous as meet
@@ -339,9 +338,7 @@ def test_the_loss_of_rank_0_is_noticed_by_a_rank_that_does_not_come_back(
     ranks = [Rank(tmp_path, "0", by_hand(0, 2, port), fail="kill")]
     ended = every([*ranks, Rank(tmp_path, "1", by_hand(1, 2, port), fail="hang")])
     assert [rank.code for rank in ended] == [-signal.SIGKILL, 7]
-    assert ended[1].err == (
-        f"dtt: error: rank 0 on {HERE} was lost; the same command goes on\n"
-    )
+    assert ended[1].err == f"dtt: error: rank 0 on {HERE} was lost; the same command goes on\n"
 
 
 @processes

@@ -185,9 +185,7 @@ def is_kept_out(path: Path) -> bool:
     return False
 
 
-def _over_gpus(
-    runtime: ranks.Runtime, hosts: Sequence[str], link_gb_s: float
-) -> Iterator[Finding]:
+def _over_gpus(runtime: ranks.Runtime, hosts: Sequence[str], link_gb_s: float) -> Iterator[Finding]:
     """Judge an all-reduce by NCCL, if each rank has a GPU of its own."""
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= runtime.place.local_ranks
     all_have: list[Any] = [None] * runtime.ranks
