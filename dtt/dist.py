@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtt import network
-from dtt.alarm import Alarm
 from dtt.errors import (
     EXIT_INTERNAL,
     ConfigError,
@@ -32,8 +31,9 @@ from dtt.machine import cores, keep_freed_memory
 from dtt.place import Place as Place
 from dtt.place import find_place as find_place
 from dtt.place import find_point
-from dtt.rendezvous import Met, meet
-from dtt.room import Card
+from dtt.rendezvous.alarm import Alarm
+from dtt.rendezvous.meet import Met, meet
+from dtt.rendezvous.room import Card
 from dtt.version import __version__
 
 T = TypeVar("T")

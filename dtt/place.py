@@ -57,7 +57,7 @@ class Point:
     """Where the ranks of a launch meet: at a port of the host of rank 0."""
 
     address: str
-    """Empty: the launcher does not say it, and only `dtt.pmi` can know."""
+    """Empty: the launcher does not say it, and only `dtt.rendezvous.pmi` can know."""
     port: int
     source: str
     """What said so, for messages."""
@@ -70,7 +70,7 @@ class Point:
     host: str = ""
     """Where the address is empty: what the launcher calls this host, if it says it."""
     descriptor: int = -1
-    """Where the address is empty: the socket to ask `dtt.pmi` with."""
+    """Where the address is empty: the socket to ask `dtt.rendezvous.pmi` with."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtt.data.remote.fetch import is_offline
 from dtt.doctor.finding import Finding, Subject, ok, skipped, warning
-from dtt.network import bounded
+from dtt.machine import bounded
 
 HUB = "https://huggingface.co"
 PATIENCE = 3.0

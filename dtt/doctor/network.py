@@ -11,6 +11,7 @@ from typing import Any
 
 from dtt import network
 from dtt.doctor.finding import Finding, Subject, failed, ok, skipped, warning
+from dtt.machine import bounded
 from dtt.place import find_point
 
 PATIENCE = 10.0
@@ -107,7 +108,7 @@ def judge_port(port: int, reason: str, holder: str, asked: bool) -> Finding:
 
 
 def check_loopback(subject: Subject) -> Iterator[Finding]:
-    yield network.bounded(judge_loopback, PATIENCE)
+    yield bounded(judge_loopback, PATIENCE)
 
 
 def judge_loopback() -> Finding:

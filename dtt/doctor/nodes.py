@@ -38,7 +38,7 @@ from dtt.doctor.finding import PEERS, STORAGE, Finding, Subject, failed
 from dtt.doctor.report import Node
 from dtt.doctor.roll import Roll
 from dtt.errors import DttError, LostRankError, OtherRankError
-from dtt.network import bounded
+from dtt.machine import bounded
 
 MEETING = 60.0
 """Seconds that ranks have to meet, unless the configuration says how many."""

@@ -26,11 +26,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from dtt import network, pmi
+from dtt import network
 from dtt.errors import PeerError, RankError
-from dtt.machine import free_port
+from dtt.machine import Task, bounded, free_port
 from dtt.place import Place, Point
-from dtt.room import Card, Clock, Room, difference, names_of
+from dtt.rendezvous import pmi
+from dtt.rendezvous.room import Card, Clock, Room, difference, names_of
 
 PATIENCE = 30.0
 """Seconds to wait for a taken port: the run before may be about to end."""
@@ -70,13 +71,13 @@ def meet(place: Place, point: Point, card: Card, seconds: float) -> Met:
         meeting = _Meeting(place, point, card, Clock(seconds))
         # In a thread of its own, as the store and the resolver of names neither let signals
         # through nor keep time when the network fails in the midst of an answer.
-        task = network.Task(meeting.hold)
+        task = Task(meeting.hold)
         try:
             while not task.wait(SILENCE / 10):
                 meeting.refuse_silence()
         except (KeyboardInterrupt, SystemExit):
             with contextlib.suppress(TimeoutError):
-                network.bounded(meeting.excuse, 1.0)
+                bounded(meeting.excuse, 1.0)
             raise
         return task.result()
 
@@ -266,7 +267,7 @@ class _Meeting:
             raise dist.DistError("no store")
         self.card = replace(self.card, address=self.card.address or mine)
         try:
-            return network.bounded(lambda: TCPStore(host, port, None, False, STORE, False), seconds)
+            return bounded(lambda: TCPStore(host, port, None, False, STORE, False), seconds)
         except TimeoutError:  # it waits for ever for the answers of what is no store
             raise dist.DistError("no answer") from None
 

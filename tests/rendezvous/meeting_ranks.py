@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from dtt import alarm, dist, machine, room
+from dtt import dist, machine
 from dtt.errors import EXIT_INTERNAL, EXIT_PREEMPTED, DttError
 from dtt.place import find_place
+from dtt.rendezvous import alarm, room
 from dtt.reporting import report_error
 from dtt.training.preemption import exit_on_preemption
 

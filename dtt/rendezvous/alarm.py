@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtt.errors import DttError, LostRankError, OtherRankError
-from dtt.network import bounded
-from dtt.room import Card, Room
+from dtt.machine import bounded
+from dtt.rendezvous.room import Card, Room
 
 PERIOD = 1.0
 """Seconds between two looks at the store."""

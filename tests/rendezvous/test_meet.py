@@ -18,10 +18,10 @@ import pytest
 from meeting_ranks import Ended, Rank, by_hand, free_port
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from dtt import rendezvous as meet
 from dtt.errors import PeerError
 from dtt.place import Place, Point, find_place, launch_name
-from dtt.room import Card, Clock, Room, difference, names_of
+from dtt.rendezvous import meet
+from dtt.rendezvous.room import Card, Clock, Room, difference, names_of
 
 processes = pytest.mark.processes
 HERE = socket.gethostname()
