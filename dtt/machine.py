@@ -1,15 +1,22 @@
-"""What the machine gives this process: cores, memory and how the C library hands it out, ports."""
+"""What the machine gives this process: cores, memory and how the C library hands it out, ports; and
+time limits for calls that know none.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 GROUPS = Path("/sys/fs/cgroup")
@@ -93,3 +100,42 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+class Task(Generic[T]):
+    """A call in a thread of its own, for what knows no time limit and holds signals up.
+
+    Whoever has waited enough goes on without it; it ends with the process.
+    """
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._found: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for at most `seconds`; return whether it is done."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """Return what the call has returned, or raise what it has raised."""
+        if self._error is not None:
+            raise self._error
+        return self._found[0]
+
+    def _work(self) -> None:
+        try:
+            self._found.append(self._call())
+        except BaseException as error:  # it belongs to the one who waits
+            self._error = error
+
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """Return what `call` returns; TimeoutError if it takes longer."""
+    task = Task(call)
+    if not task.wait(seconds):
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:.0f} s")
+    return task.result()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dtt.doctor.finding import Finding, Subject, ok, skipped, warning
 from dtt.machine import cores, memory
 
-MATRIX = 1024
-"""Rows and columns of the products that are timed."""
+PRODUCTS = 0.8
+"""Seconds for which products are timed, in each arithmetic."""
 COPIED = 256 << 20
 """Bytes that are copied: more than any cache."""
 BUSY = 0.25
@@ -97,15 +96,14 @@ def measure_matmul(threads: int) -> dict[str, Any]:
     """Return GFLOP/s of products in fp32 and bf16, and whether bf16 is native."""
     import torch
 
-    from dtt.precision import cpu_has_bf16
+    from dtt.metrics.peak import measure
+    from dtt.precision import DTYPES, cpu_has_bf16
 
     torch.set_num_threads(threads)
     found: dict[str, Any] = {"bf16_is_native": cpu_has_bf16(), "threads": threads}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(MATRIX, MATRIX).to(kind)
-        product = torch.empty_like(a)
-        seconds = best(partial(torch.mm, a, a, out=product), 0.8)
-        found[f"{name}_gflops"] = round(2 * MATRIX**3 / seconds / 1e9, 1)
+    for name in ("fp32", "bf16"):
+        flops = measure(torch.device("cpu"), DTYPES[name], PRODUCTS)
+        found[f"{name}_gflops"] = round(flops / 1e9, 1)
     return found
 
 
