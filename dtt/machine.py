@@ -1,4 +1,4 @@
-"""What the machine gives this process: cores, ports, how the C library hands out memory."""
+"""What the machine gives this process: cores, ports, packages, and how memory is handed out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import sys
+from importlib.util import find_spec
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -34,6 +35,12 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name (./wandb) without code is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def free_port() -> int:

@@ -191,7 +191,7 @@ def test_what_lightning_does_not_do_is_refused(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtt.training.engine.find_spec", lambda name: None)
+    monkeypatch.setattr("dtt.training.engine.is_installed", lambda name: False)
     with pytest.raises(ConfigError, match=r"pip install 'dtt\[lightning\]'"):
         require_engine(small_config(LIGHTNING).training)
 
