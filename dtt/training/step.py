@@ -80,9 +80,7 @@ class Stepper:
             given["keys"] = sample_keys(mix(self.seed, 3, step), samples, device)
         return batch.tokens.to(device, non_blocking=True), given
 
-    def finish(
-        self, batch: Batch, loss: Tensor, stop: Callable[[], bool] = _never
-    ) -> StepResult:
+    def finish(self, batch: Batch, loss: Tensor, stop: Callable[[], bool] = _never) -> StepResult:
         """Clip the gradients of a step that had this loss; return its figures over all ranks."""
         self.scaler.unscale_(self._torch_optimizer)
         norm = self._clip()
