@@ -201,8 +201,8 @@ def test_wandb_gives_up_on_a_server_that_died(
 def test_a_run_ends_though_wandb_failed_and_its_server_died(
     folder: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has told W&B to finish then: it does so when the process ends, by itself for as long as
-    it takes. A process as people start it, since forked ones end without atexit."""
+    """Nobody has told W&B to finish then: it does so when the process ends, by itself without a
+    limit. A process as people start it, since forked ones end without atexit."""
     pytest.importorskip("wandb")
     Path("broken.py").write_text(BROKEN, "utf-8")
     few = {"training.max_steps": "4", "evaluation.every": "0"}
