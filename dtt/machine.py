@@ -1,5 +1,5 @@
-"""What the machine gives this process: cores, memory and how the C library hands it out, ports; and
-time limits for calls that know none.
+"""What the machine gives this process: cores, memory and how the C library hands it out, ports,
+packages; and time limits for calls that know none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -87,6 +88,12 @@ def _limit(group: Path) -> tuple[float, float]:
             rows = (group / "memory.stat").read_text(encoding="ascii").splitlines()
             return most, taken - sum(float(r.split()[1]) for r in rows if r.startswith(cache))
     return float("inf"), 0.0
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name (./wandb) without code is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def free_port() -> int:

@@ -206,7 +206,8 @@ def test_checkpoint_and_loader_print_their_tables() -> None:
 
 @pytest.mark.processes
 def test_watching_prints_its_table() -> None:
-    pytest.importorskip("wandb")
+    for name in ("wandb", "psutil"):
+        pytest.importorskip(name)
     assert first_cells(output("watching.py"))[:2] == ["off", "on"]
 
 

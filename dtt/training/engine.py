@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 
 from dtt.config.schema import Training
 from dtt.errors import ConfigError
+from dtt.machine import is_installed
 from dtt.parallel.layout import Layout
 from dtt.training import loop
 from dtt.training.state import Run, TrainState
@@ -29,7 +29,7 @@ def require_engine(training: Training) -> None:
     Called before workers are forked, which share what is loaded.
     """
     if training.engine == "lightning":
-        if find_spec("lightning") is None:
+        if not is_installed("lightning"):
             raise ConfigError(
                 "training.engine is lightning, but the package lightning is missing",
                 "pip install 'dtt[lightning]', or use training.engine dtt",

@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 from torch.nn.utils import get_total_norm
@@ -20,6 +20,7 @@ from dtt.metrics.meter import short_duration
 from dtt.metrics.progress import Progress, read_progress
 from dtt.optim.schedule import learning_rate
 from dtt.parallel.waiting import waits_counted
+from dtt.training.memory import Phase, memory_explained
 from dtt.training.norms import log_norms
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
@@ -218,8 +219,8 @@ def _note_progress(run: Run) -> None:
     figures = run.meter.last
     if not run.runtime.is_main or not figures:
         return
-    old, saved = read_progress(run.folder), run.checkpoints.longest
-    if saved is None and old is not None:
+    saved = run.checkpoints.longest
+    if saved is None and (old := read_progress(run.folder)) is not None:
         saved = old.save_seconds
     Progress(
         run.state.step,
@@ -231,13 +232,20 @@ def _note_progress(run: Run) -> None:
     ).write(run.folder)
 
 
+@contextmanager
+def _beside(run: Run, what: Phase) -> Iterator[None]:
+    """Measure the time of what is no training, and explain a lack of memory for it."""
+    with run.meter.part(what), memory_explained(run.config, run.runtime, run.folder, what):
+        yield
+
+
 def validate(run: Run, readings: Readings, asked: Asked) -> float | None:
     """Measure the validation loss; return it if it is the lowest so far."""
     readings.drain()
     settings, state = run.config.evaluation, run.state
     state.owes_validation = False
     try:
-        with run.meter.part("evaluating"):
+        with _beside(run, "evaluating"):
             result, parts = evaluate(
                 run.stepper.model,
                 run.corpora,
@@ -283,7 +291,7 @@ def _sample(run: Run, asked: Asked) -> None:
     settings = run.config.sample
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     try:
-        with run.meter.part("sampling"):
+        with _beside(run, "sampling"):
             texts = sample_texts(
                 model.stages[0].model,
                 run.corpora.tokenizer,

@@ -25,10 +25,9 @@ from dtt.metrics.flops import training_flops
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Cost, Meter
 from dtt.metrics.peak import find_peak
-from dtt.metrics.resources import Resources, require_resources, watch_machine
+from dtt.metrics.resources import require_resources, watch_machine
 from dtt.metrics.trackers import (
     Opening,
-    Tracker,
     find_tracker,
     wanted,
     without_passwords,
@@ -52,7 +51,7 @@ from dtt.training.folder import (
     write_run_files,
 )
 from dtt.training.load import check_weights, saved_config
-from dtt.training.memory import memory_explained
+from dtt.training.memory import memory_explained, remember_allocations
 from dtt.training.profile import StepProfiler
 from dtt.training.proof import Proof, build_whole
 from dtt.training.resume import refuse_other_run
@@ -73,29 +72,35 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
     """
     folder = run_folder(config)
     reporter = Reporter(None, config.logging.level)
+    remember_allocations(config, runtime)
     if not runtime.is_main:
-        with memory_explained(config, runtime, folder):
-            yield _build(config, runtime, folder, reporter, resume, fresh)
+        with memory_explained(config, runtime, folder, "building"):
+            run = _build(config, runtime, folder, reporter, resume, fresh)
+        with memory_explained(config, runtime, folder, "training"):
+            yield run
         return
     require_layout(config, runtime.ranks)  # refuse before anything is touched
     is_new = not folder.exists()
     with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)
-        run = None
+        opened: Run | None = None
+        failed = True
         try:
             refuse_foreign_folder(folder)
-            with memory_explained(config, runtime, folder):
-                run = _build(config, runtime, folder, reporter, resume, fresh)
-                yield run
+            with memory_explained(config, runtime, folder, "building"):
+                opened = _build(config, runtime, folder, reporter, resume, fresh)
+            with memory_explained(config, runtime, folder, "training"):
+                yield opened
+            failed = False
         except Exception as error:
             reporter.trace(traceback.format_exc())
             is_new &= isinstance(error, DttError)  # anything else has left its trace there
             raise
         finally:
-            if run is not None:
-                run.close()
+            if opened is not None:
+                opened.close(failed=failed)
             reporter.close()
-            if is_new and run is None:
+            if is_new and opened is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -132,6 +137,8 @@ def _build(
     )
     build = partial(_from_checkpoint, config, layout, dtype, runtime, reporter)
     stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
+    is_over = state.is_complete(steps) and config.training.engine == "dtt"  # a Trainer may go back
+    shows, left = runtime.is_main and not is_over, steps - state.step
     if runtime.is_main:
         reporter.total(steps)
     run = Run(
@@ -148,10 +155,10 @@ def _build(
         checkpoints=checkpoints,
         reporter=reporter,
         metrics=_metrics(config, corpora, runtime, folder, state.step, fresh),
-        trackers=_trackers(config, runtime, folder, reporter, state.step),
-        profiler=_profiler(config, runtime, folder, reporter),
-        meter=_meter(config, stepper.model, dtype, steps),
-        resources=_resources(config, runtime),
+        trackers=_trackers(config, folder, reporter, state.step) if shows else [],
+        profiler=_profiler(config, runtime, folder, reporter, left) if shows else None,
+        meter=_meter(config, stepper.model, dtype, steps, shows),
+        resources=watch_machine() if shows and config.logging.resources else None,
         begun_at=state.step,
         again="the same command" + " without --fresh" * fresh,
     )
@@ -235,46 +242,44 @@ def _require_packages(config: Config) -> None:
     require_engine(config.training)
 
 
-def _trackers(
-    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, step: int
-) -> list[Tracker]:
-    """Open what shows curves on the main rank, each in a thread of its own."""
-    if not runtime.is_main:
-        return []
+def _trackers(config: Config, folder: Path, reporter: Reporter, step: int) -> list[Background]:
+    """Open what shows curves, each in a thread of its own."""
     shown = without_passwords(config.model_dump(mode="json"))
     text = without_passwords(to_yaml(config))
 
-    def opened(name: str) -> Tracker:
+    def opened(name: str) -> Background:
         make = find_tracker(name)
         return Background(
-            name, lambda say: make(Opening(folder, shown, text, step, say)), reporter.warning
+            name,
+            lambda say, warn: make(Opening(folder, shown, text, step, say, warn)),
+            info=reporter.info,
+            warn=reporter.warning,
         )
 
     return [opened(name) for name in wanted(config.logging)]
 
 
-def _meter(config: Config, model: ParallelModel, dtype: torch.dtype, steps: int) -> Meter:
-    """Return the meter; the rank that speaks knows the peak of its device, which all have."""
+def _meter(
+    config: Config, model: ParallelModel, dtype: torch.dtype, steps: int, shows: bool
+) -> Meter:
+    """Return the meter; one that shows figures knows the peak of the device, which all have."""
     runtime = model.mesh.runtime
     waits = knows_waits(model) if runtime.ranks > 1 else None
     event = partial(torch.cuda.Event, enable_timing=True) if runtime.device.type == "cuda" else None
     cost = None
-    if runtime.is_main:
+    if shows:
         flops = training_flops(config.model).total
         cost = Cost(flops, find_peak(runtime.device, dtype), runtime.ranks)
     return Meter(steps, cost, event=event, exchanged=reducer_waits(model), waits=waits)
 
 
-def _resources(config: Config, runtime: Runtime) -> Resources | None:
-    return watch_machine() if config.logging.resources and runtime.is_main else None
-
-
 def _profiler(
-    config: Config, runtime: Runtime, folder: Path, reporter: Reporter
+    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, most: int
 ) -> StepProfiler | None:
-    if not config.logging.profile or not runtime.is_main:
+    if not config.logging.profile:
         return None
-    return StepProfiler(folder, config.logging.profile_steps, reporter.info)
+    steps, cuda = config.logging.profile_steps, runtime.device.type == "cuda"
+    return StepProfiler(folder, steps, most, reporter.info, cuda=cuda)
 
 
 def _share_corpora(config: Config, runtime: Runtime, reporter: Reporter) -> Corpora:
