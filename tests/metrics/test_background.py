@@ -6,10 +6,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dtt.alarm import GRACE
-
 from dtt.metrics.background import HASTE, Background, close_all
 from dtt.metrics.trackers import PATIENCE, WANDB_FINISH_SECONDS, Say, Tracker
+from dtt.rendezvous.alarm import GRACE
 
 
 class Recording:
