@@ -15,7 +15,7 @@ CAPACITY = 1000
 """Things that wait for a slow tracker; more are dropped, and counted."""
 HASTE = 3.0
 """Seconds that trackers have at the end, all together, where an error ends the run: the other ranks
-hear of it only afterwards, and end one that takes longer than dtt.alarm.GRACE."""
+hear of it only afterwards, and end one that takes longer than dtt.rendezvous.alarm.GRACE."""
 
 _Call = Callable[[Tracker], None]
 
