@@ -24,8 +24,9 @@ from table import median, note, print_table, ratio, summarize
 from dtt.config.schema import Config
 from dtt.dist import local
 from dtt.parallel.part import Part
-from dtt.training.build import SavedGroup, load_optimizer
+from dtt.training.build import load_optimizer
 from dtt.training.checkpoint import Checkpoints
+from dtt.training.proof import Proof
 from dtt.training.saved import read
 from dtt.training.step import Stepper
 
@@ -141,21 +142,22 @@ def loading(folder: Path, quick: bool) -> Callable[[Rank], Figures]:
         plain = together(rank, lambda: read_plain(folder / f"plain-{runtime.rank}"))
         if runtime.is_main:
             drop_from_cache(folder)
-        path, proven = folder / "checkpoints/step-00000001", 0.0
+        path, loaded = folder / "checkpoints/step-00000001", 0.0
 
         def load() -> None:
-            nonlocal proven
-            begin, found = time.perf_counter(), []
-            runtime.on_main(lambda: found.append(read(path)))
-            proven = time.perf_counter() - begin
-            saved = found[0] if found else read(path, hashed=False)
-            stepper.model.load(SavedGroup(saved, "model"))
-            load_optimizer(stepper, SavedGroup(saved, "optimizer"))
+            nonlocal loaded
+            begin = time.perf_counter()
+            with Proof(read(path, hashed=False), runtime) as proof:
+                stepper.model.load(proof.group("model"))
+                load_optimizer(stepper, proof.group("optimizer"))
+                loaded = time.perf_counter() - begin
+                if (damaged := proof.end(None)) is not None:
+                    raise RuntimeError(damaged)
 
         before = forget_peak()
         seconds = together(rank, load)
         memory = {"peak": peak_memory(), "more": peak_memory() - before}
-        return {"plain": plain, "dtt": seconds, "proven": proven, **memory}
+        return {"plain": plain, "dtt": seconds, "loaded": loaded, **memory}
 
     return work
 
@@ -190,8 +192,8 @@ def print_figures(found: dict[str, list[Figures]]) -> None:
         rows.append([title, reached, middle["dtt"], middle["plain"], peak])
         summarize(f"checkpoint of 4 ranks, {what}: speed to the disk's", reached, "0.7x")
         if what == "load":
-            proven = middle["proven"]
-            rows.append(["of it: the first rank proves it whole", "-", proven, None, "-"])
+            loaded = middle["loaded"]
+            rows.append(["until it is loaded; the rest proves it whole", "-", loaded, None, "-"])
     cold = "from the disk" if hasattr(os, "posix_fadvise") else "warm, from memory"
     print(f"{size / 1e9:.2f} GB of state, {size / RANKS / 1e6:,.0f} MB a rank; reading is {cold}\n")
     heads = ["of the disk", "s", "plain files, s", "peak of a rank, of it meanwhile"]

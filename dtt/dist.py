@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtt import network
-from dtt.alarm import Alarm
 from dtt.errors import (
     EXIT_INTERNAL,
     ConfigError,
@@ -32,8 +31,9 @@ from dtt.machine import cores, keep_freed_memory
 from dtt.place import Place as Place
 from dtt.place import find_place as find_place
 from dtt.place import find_point
-from dtt.rendezvous import Met, meet
-from dtt.room import Card
+from dtt.rendezvous.alarm import Alarm
+from dtt.rendezvous.meet import Met, meet
+from dtt.rendezvous.room import Card
 from dtt.version import __version__
 
 T = TypeVar("T")
@@ -94,6 +94,14 @@ class Runtime:
         result: T = outcome[0]
         return result
 
+    def first(self, value: str | None) -> str | None:
+        """Return, on every rank, the value of the first rank that has one."""
+        if self.ranks == 1:
+            return value
+        found: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return next((each for each in found if each is not None), None)
+
     @contextmanager
     def sharing_failures(self) -> Iterator[None]:
         """Tell the other ranks of an error that leaves the block, and name the rank that is lost.
@@ -112,6 +120,10 @@ class Runtime:
             if _is_loss(error):
                 raise self.alarm.lost() from error
             self.alarm.ring(error)
+            raise
+        except (KeyboardInterrupt, SystemExit):  # a signal to this rank alone, perhaps
+            if self.alarm is not None:
+                self.alarm.ring(PeerError("it was stopped by a signal"))
             raise
         finally:
             if self.alarm is not None:
@@ -156,9 +168,10 @@ def start(
         device=str(torch.cuda.get_device_properties(chosen).uuid) if chosen.type == "cuda" else "",
         address=_interface_address(INTERFACE[chosen.type]),
     )
-    met = meet(place, find_point(place, os.environ), card, seconds)
+    point = find_point(place, os.environ)
+    met = meet(place, point, card, seconds)
     _join(met, place, chosen)
-    return Runtime(place, chosen, Alarm(met.room, met.cards))
+    return Runtime(place, chosen, Alarm(met.room, met.cards, point.served))
 
 
 def _is_loss(error: Exception) -> bool:

@@ -10,12 +10,10 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Generic, TypeVar
 
-T = TypeVar("T")
+from dtt.machine import bounded
 
 SIOCGIFADDR = 0x8915
 """Linux: ask for the IPv4 address of an interface (netdevice(7))."""
@@ -184,47 +182,12 @@ def named_interfaces(variable: str, value: str) -> list[str]:
     return [name for name in known if is_meant(name) != out and name not in LOOPBACK.values()]
 
 
-class Task(Generic[T]):
-    """A call in a thread of its own, for what knows no time limit and holds signals up.
-
-    Whoever has waited enough goes on without it; it ends with the process.
-    """
-
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._found: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for at most `seconds`; return whether it is done."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> T:
-        """Return what the call has returned, or raise what it has raised."""
-        if self._error is not None:
-            raise self._error
-        return self._found[0]
-
-    def _work(self) -> None:
-        try:
-            self._found.append(self._call())
-        except BaseException as error:  # it belongs to the one who waits
-            self._error = error
-
-
-def bounded(call: Callable[[], T], seconds: float) -> T:
-    """Return what `call` returns; TimeoutError if it takes longer."""
-    task = Task(call)
-    if not task.wait(seconds):
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:.0f} s")
-    return task.result()
-
-
+@cache
 def slurm_address(node: str) -> str:
-    """Return the address that Slurm has for a node whose name does not resolve; else the name."""
+    """Return the address that Slurm has for a node whose name does not resolve; else the name.
+
+    Slurm is asked once: many ranks wait for one controller.
+    """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         words = ["scontrol", "show", "node", "--oneliner", node]
         done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)

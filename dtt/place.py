@@ -57,7 +57,7 @@ class Point:
     """Where the ranks of a launch meet: at a port of the host of rank 0."""
 
     address: str
-    """Empty: the launcher does not say it, and only `dtt.pmi` can know."""
+    """Empty: the launcher does not say it, and only `dtt.rendezvous.pmi` can know."""
     port: int
     source: str
     """What said so, for messages."""
@@ -67,6 +67,10 @@ class Point:
     """A name that all ranks of a launch share and no other launch has, where there is one."""
     served: bool = False
     """Whether the launcher has a store there already (torchrun's agent); else rank 0 makes one."""
+    host: str = ""
+    """Where the address is empty: what the launcher calls this host, if it says it."""
+    descriptor: int = -1
+    """Where the address is empty: the socket to ask `dtt.rendezvous.pmi` with."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,10 @@ def find_point(place: Place, environ: Mapping[str, str]) -> Point:
     job = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")[place.launcher != "Slurm"]
     if place.launcher in ("Slurm", "Open MPI") and (listed := _nodes(environ, job)):
         return Point(listed[0], port, f"the first node of {job}", nodes, launch)
-    if place.launcher == "MPICH" and "PMI_FD" in environ and "MASTER_PORT" not in environ:
-        return Point("", 0, "mpirun", nodes, launch)
+    descriptor = environ.get("PMI_FD", "")
+    if place.launcher == "MPICH" and descriptor.isdecimal() and "MASTER_PORT" not in environ:
+        host = environ.get("PMI_HOSTNAME", "")
+        return Point("", 0, "mpirun", nodes, launch, host=host, descriptor=int(descriptor))
     if place.launcher in ("Slurm", "Open MPI") or (place.launcher == "MPICH" and not one_host):
         flag = "-x MASTER_ADDR=HOST" if place.launcher == "Open MPI" else "MASTER_ADDR=HOST"
         raise ConfigError(

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtt.machine import free_port
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 NODES = ("node1", "node2")
@@ -140,7 +142,7 @@ def start(folder: Path) -> Cluster:
         _find(name)
     if os.geteuid() != 0:
         raise AbsentError("starting Slurm's daemons needs root")
-    host, ports = socket.gethostname().split(".")[0], _free_ports(3)
+    host, ports = socket.gethostname().split(".")[0], [free_port() for _ in range(3)]
     cluster = Cluster(folder)
     (folder / "state").mkdir(parents=True)
     folder.chmod(0o755)
@@ -246,14 +248,3 @@ def _lives(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

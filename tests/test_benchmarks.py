@@ -213,7 +213,8 @@ def test_checkpoint_and_loader_print_their_tables() -> None:
 
 @pytest.mark.processes
 def test_watching_prints_its_table() -> None:
-    pytest.importorskip("wandb")
+    for name in ("wandb", "psutil"):
+        pytest.importorskip(name)
     assert first_cells(output("watching.py"))[:2] == ["off", "on"]
 
 
@@ -267,3 +268,13 @@ def test_the_benchmarks_of_data_print_their_tables(script: str, tables: int) -> 
     heads = [line for line in text.splitlines() if line.startswith("| --")]
     assert len(heads) == tables
     assert all(cell.strip() for line in text.splitlines()[8:] for cell in line.split("|")[1:-1])
+
+
+@pytest.mark.processes
+def test_engines_prints_its_table() -> None:
+    pytest.importorskip("lightning")
+    text = output("engines.py")
+    engines = [
+        line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| 4 la")
+    ]
+    assert engines == ["dtt", "lightning"] * 2

@@ -70,6 +70,12 @@ def test_train_load_and_generate(config: Config) -> None:
     tokens = [int(token) for token in run.tokenizer.encode("Once upon")]
     logits = run.model(torch.tensor([tokens]))
     assert logits.shape == (1, 9, run.tokenizer.vocab_size)
+    table = run.metrics
+    assert table["step"] == [1, 2, 3, 4] and {len(column) for column in table.values()} == {4}
+    assert table["val_loss"] == [None, None, None, trained.best_loss]
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is missing"):
+        run.metrics  # noqa: B018
 
     texts = generate(run, ["Once", "The "], max_length=8, seed=3)
     assert [text[:4] for text in texts] == ["Once", "The "]

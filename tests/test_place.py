@@ -137,6 +137,11 @@ def test_point(
     assert found.served == (environ is TORCHRUN)
 
 
+def test_mpirun_says_how_to_ask_it() -> None:
+    assert (point(MPICH).host, point(MPICH).descriptor) == ("node1", 11)
+    assert point(MPICH | {"PMI_FD": "x"}).address == "127.0.0.1"  # all ranks are on one host
+
+
 def test_all_tasks_of_a_step_on_one_node_meet_there() -> None:
     alone = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     alone |= {"SLURM_PROCID": "0", "SLURM_GTIDS": "0,1", "SLURM_STEP_NODELIST": "node2"}

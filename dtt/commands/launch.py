@@ -18,6 +18,7 @@ from dtt.errors import ConfigError
 from dtt.launch.arguments import add_train_options
 from dtt.launch.engines import ENGINES, Engine
 from dtt.launch.job import Job
+from dtt.runs import find_run
 
 DESCRIPTION = "Start a training run on one machine or many, or look after one that was started."
 EXAMPLES = (
@@ -96,7 +97,7 @@ class LaunchParser(ConfigParser):
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="a variable that every rank gets, as GLOO_SOCKET_IFNAME=eth0; may be repeated",
+            help="a variable that every rank gets (GLOO_SOCKET_IFNAME=eth0); may be repeated",
         )
         self.add_argument(
             "--print", action="store_true", help="show what would be started, and stop"
@@ -202,12 +203,10 @@ def _check_layout(config: Config, job: Job) -> None:
     """
     if config.init_from is not None:
         return
-    from dtt.parallel.layout import resolve
-    from dtt.training.batching import divide
+    from dtt.training.batching import require_layout
 
     for nodes in sorted({job.fewest_nodes or job.nodes, job.nodes}):
-        layout = resolve(config.parallel, config.model, nodes * job.ranks)
-        divide(config.training, layout.data, layout.pipeline)
+        require_layout(config, nodes * job.ranks)
 
 
 def _watch(name: str, argv: list[str]) -> int:
@@ -221,19 +220,11 @@ def _watch(name: str, argv: list[str]) -> int:
         parser.add_argument("--rank", type=at_least(0), default=0, metavar="K", help="default: 0")
         parser.add_argument("--follow", action="store_true", help="go on as more is printed")
     options = parser.parse(argv)
-    folder = options.run or _newest_run()
-
+    folder = find_run(options.run, planned=True)
     watch = import_module("dtt.launch.watch")
     if name == "status":
         return int(watch.status(folder))
     return int(watch.logs(folder, options.rank, options.follow))
-
-
-def _newest_run() -> Path:
-    runs = [path.parent for path in Path("runs").glob("*/logs")]
-    if not runs:
-        raise ConfigError("no run in runs/", "name the folder of one")
-    return max(runs, key=lambda path: (path / "logs").stat().st_mtime)
 
 
 def _node_number(text: str) -> tuple[None, int]:

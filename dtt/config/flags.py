@@ -30,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "model.context": ("--block-size", "--n-ctx"),
     "model.dropout": ("--dropout",),
     "tokenizer.vocab_size": ("-v", "--vocab-size"),
+    "training.engine": ("--engine",),
     "training.max_steps": ("--max-steps",),
     "training.epochs": ("-e", "--epochs"),
     "training.batch_size": ("-b", "--batch-size"),

@@ -22,6 +22,8 @@ from dtt.config.section import Section
 class Training(Section):
     """The loop."""
 
+    engine: Literal["dtt", "lightning"] = "dtt"
+    """What runs the loop: dtt's own, or the Trainer of Lightning (needs dtt[lightning])."""
     max_steps: int | None = Field(None, gt=0)
     """Optimizer steps; null: as `epochs` says, or 900."""
     epochs: float | None = Field(None, gt=0)

@@ -74,7 +74,7 @@ class Bench:
                     kind, result = receiving.recv()
                 except EOFError:
                     process.join()
-                    raise UnmeasuredError(f"{_end(process.exitcode)}{_tail(log)}") from None
+                    raise UnmeasuredError(f"{ended(process.exitcode)}{_tail(log)}") from None
                 process.join(FAREWELL)
             finally:
                 with contextlib.suppress(OSError):
@@ -104,6 +104,8 @@ def _measure(
         answer: tuple[str, Any] = ("ok", function(*arguments))
     except DttError as error:
         answer = ("error", error)
+    except UnmeasuredError as error:
+        answer = ("text", str(error))
     except Exception as error:
         traceback.print_exc()
         answer = ("text", f"{type(error).__name__}: {short(str(error))}")
@@ -117,7 +119,8 @@ def short(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _end(code: int | None) -> str:
+def ended(code: int | None) -> str:
+    """Say how a process ended, by its exit code as multiprocessing has it."""
     if code is not None and code < 0:
         return f"the process died by {signal.Signals(-code).name}"
     return f"the process ended with code {code}"

@@ -20,6 +20,8 @@ DISK_APART = 0.5
 """The same for disks, whose rates vary: all nodes write at once, often to one disk."""
 CLOCKS = 1.0
 """Seconds that clocks may differ by: logs and file times are compared across machines."""
+LOST = "see its messages and its machine's (memory, disk, power), or go on without it"
+"""How to mend the loss of a rank."""
 RATES = {
     "matmul": (("fp32_gflops", "GFLOP/s in fp32"), ("bf16_gflops", "GFLOP/s in bf16")),
     "copy": (("copy_gb_s", "GB/s copied in memory"),),
@@ -151,11 +153,30 @@ def judge_all_reduce(backend: str, rate: float, count: int, link_gb_s: float) ->
     return ok(shown, figures)
 
 
+def judge_nccl_failure(reasons: Sequence[str], hosts: Sequence[str]) -> Finding | None:
+    """Name the ranks whose GPUs could not sum, with what NCCL says; None if all could.
+
+    Of those that say the same, the first.
+    """
+    said: dict[str, str] = {}
+    for rank, reason in enumerate(reasons):
+        if reason:
+            said.setdefault(reason, f"rank {rank} on {hosts[rank]}: {reason}")
+    if not said:
+        return None
+    return failed(
+        "; ".join(said.values()),
+        "NCCL_DEBUG=INFO says where it stops; NCCL_SOCKET_IFNAME names the network that the "
+        "machines share, and NCCL_IB_DISABLE=1 leaves InfiniBand out",
+        {"ranks": [rank for rank, reason in enumerate(reasons) if reason]},
+    )
+
+
 def judge_loss(lost: Sequence[int], hosts: Sequence[str]) -> Finding:
     """Name the ranks that were lost while all were examined, with their hosts."""
     finding = failed(
         f"lost during the examination: {', '.join(f'rank {r} on {hosts[r]}' for r in lost)}",
-        "see its messages and its machine's (memory, disk, power), or go on without it",
+        LOST,
         {"ranks": list(lost), "hosts": list(dict.fromkeys(hosts[rank] for rank in lost))},
     )
     return shared(finding, "meeting", PEERS)

@@ -7,16 +7,14 @@ functions of figures, so that they are tested on machines without a GPU.
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 from collections.abc import Iterator
-from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from dtt.doctor.finding import Finding, Subject, failed, ok, skipped, warning
 
-MATRIX = 8192
-"""Rows and columns of the products that are timed."""
 BLOCK = 1 << 30
 """Bytes that are copied within the GPU; a quarter of it to and from the host."""
 ENOUGH = 0.55
@@ -28,56 +26,50 @@ FREE = 0.9
 APART = 0.85
 """Share of the median below which one of several alike is slow."""
 
-
-class Published(NamedTuple):
-    """What the maker's data sheet says."""
-
-    tflops: float
-    """Dense bf16 products with fp32 sums, TFLOP/s."""
-    memory: float
-    """GB/s."""
-    link: float
-    """NVLink, GB/s in each direction; 0: none."""
-
-
-PUBLISHED = {
-    "B200": Published(2250, 8000, 900),
-    "GH200": Published(989, 4000, 450),
-    "H200 NVL": Published(835, 4800, 450),
-    "H200": Published(989, 4800, 450),
-    "H100 PCIe": Published(756, 2000, 0),
-    "H100 NVL": Published(835, 3900, 300),
-    "H100": Published(989, 3350, 450),
-    "A100-PCIE-40GB": Published(312, 1555, 0),
-    "A100 80GB PCIe": Published(312, 1935, 0),
-    "A100-SXM4-40GB": Published(312, 1555, 300),
-    "A100": Published(312, 2039, 300),
-    "L40S": Published(362, 864, 0),
-    "A10": Published(125, 600, 0),
-    "L4": Published(121, 300, 0),
-    "RTX 4090": Published(165, 1008, 0),
-    "RTX 3090": Published(71, 936, 0),
+MEMORY_AND_LINK = {
+    "B200": (8000, 900),
+    "GH200": (4000, 450),
+    "H200 NVL": (4800, 450),
+    "H200": (4800, 450),
+    "H100 PCIe": (2000, 0),
+    "H100 NVL": (3900, 300),
+    "H100": (3350, 450),
+    "A100-PCIE-40GB": (1555, 0),
+    "A100 80GB PCIe": (1935, 0),
+    "A100-SXM4-40GB": (1555, 300),
+    "A100": (2039, 300),
+    "L40S": (864, 0),
+    "A10": (600, 0),
+    "L4": (300, 0),
+    "RTX 4090": (1008, 0),
+    "RTX 3090": (936, 0),
 }
-"""By a part of the name; the first that occurs counts, so longer ones stand first."""
+"""GB/s of the memory, and of NVLink in each direction (0: none), by the maker's data sheet. The
+first name that a GPU's own contains counts, as in `dtt.metrics.peak`, which has its FLOP/s."""
 QUERY = ("name", "driver_version", "memory.total", "ecc.errors.uncorrected.volatile.total", "uuid")
 
 
-def published(name: str) -> Published | None:
-    """Return what is published of a GPU; None: it is not in the table."""
-    words = name.replace("NVIDIA", "").split()
-    for known, figures in PUBLISHED.items():
-        parts = known.split()
-        if all(part in words for part in parts):
-            return figures
-        if len(parts) == 1 and any(word.startswith(f"{known}-") for word in words):
-            return figures
-    return None
+def published_rates(name: str, dtype: Any) -> dict[str, float | None]:
+    """Return what is published of a GPU, under the names of what is measured; None: not known."""
+    from dtt.metrics.peak import published
+
+    flops = published(name, dtype)
+    names = (known for known in MEMORY_AND_LINK if re.search(rf"\b{re.escape(known)}\b", name))
+    # A chip of another kind that is called after one of these (Laptop, MIG) has no FLOP/s there.
+    known = next(names, None) if flops else None
+    memory, link = MEMORY_AND_LINK[known] if known else (None, None)
+    return {
+        "published_matmul_tflops": flops / 1e12 if flops else None,
+        "published_copy_gb_s": memory,
+        "published_link_gb_s": link,
+    }
 
 
 def ask_nvidia_smi() -> list[dict[str, Any]]:
     """Return what nvidia-smi says of each GPU; an empty list where there is none."""
-    rows = _ask("--query-gpu=" + ",".join(QUERY))
-    apps = _ask("--query-compute-apps=gpu_uuid,pid,used_memory")
+    form = "--format=csv,noheader,nounits"
+    rows = nvidia_smi("--query-gpu=" + ",".join(QUERY), form)
+    apps = nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory", form)
     return parse_nvidia_smi(rows, apps)
 
 
@@ -105,8 +97,9 @@ def _cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if len(row) > 1]
 
 
-def _ask(query: str) -> str:
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+def nvidia_smi(*words: str) -> str:
+    """Return what nvidia-smi prints; nothing where it is not there or fails."""
+    command = ["nvidia-smi", *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -123,7 +116,6 @@ def check_gpus(subject: Subject) -> Iterator[Finding]:
         return
     for row in found:
         row |= {k: v for k, v in smi.get(row["uuid"], {}).items() if k != "name"}
-        row["processes"] = [pid for pid in row.get("processes", []) if pid != row["pid"]]
     subject.gpus = found
     for index, row in enumerate(found):
         yield judge(index, row, found)
@@ -131,37 +123,36 @@ def check_gpus(subject: Subject) -> Iterator[Finding]:
 
 def measure(rates: bool) -> list[dict[str, Any]]:
     """Return name, memory and, if asked, rates of each GPU that PyTorch sees."""
-    import os
-
     import torch
+
+    from dtt.precision import choose_precision
 
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.set_device(index)
         free, total = torch.cuda.mem_get_info(index)
-        about = torch.cuda.get_device_properties(index)
+        about, device = torch.cuda.get_device_properties(index), torch.device("cuda", index)
+        dtype, _ = choose_precision("auto", device)
         row: dict[str, Any] = {
             "name": about.name,
             "uuid": f"GPU-{getattr(about, 'uuid', index)}",
             "memory_total_gb": total / 1e9,
             "memory_free_gb": free / 1e9,
             "capability": f"{about.major}.{about.minor}",
-            "pid": os.getpid(),
+            **published_rates(about.name, dtype),
         }
         if rates and free > 3 * BLOCK:
-            row |= _rates(torch.device("cuda", index))
+            row |= _rates(device, dtype)
         found.append(row)
     return found
 
 
-def _rates(device: Any) -> dict[str, float]:
+def _rates(device: Any, dtype: Any) -> dict[str, float]:
     import torch
 
-    torch.cuda.set_device(device)
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    kind = torch.bfloat16 if native else torch.float16
-    a = torch.randn(MATRIX, MATRIX, device=device, dtype=kind)
-    product = torch.empty_like(a)
-    seconds = _timed(partial(torch.mm, a, a, out=product), 20)
+    from dtt.metrics import peak
+
+    flops = peak.measure(device, dtype)
     source = torch.zeros(BLOCK // 4, device=device)
     target = torch.empty_like(source)
     copy = _timed(lambda: target.copy_(source), 10)
@@ -170,7 +161,7 @@ def _rates(device: Any) -> dict[str, float]:
     to_gpu = _timed(lambda: part.copy_(host, non_blocking=True), 5)
     to_host = _timed(lambda: host.copy_(part, non_blocking=True), 5)
     return {
-        "matmul_tflops": 2 * MATRIX**3 / seconds / 1e12,
+        "matmul_tflops": flops / 1e12,
         "copy_gb_s": 2 * BLOCK / copy / 1e9,
         "to_gpu_gb_s": BLOCK / 4 / to_gpu / 1e9,
         "to_host_gb_s": BLOCK / 4 / to_host / 1e9,
@@ -197,13 +188,14 @@ def judge(index: int, row: dict[str, Any], rows: list[dict[str, Any]]) -> Findin
     """Judge one GPU of several by its figures, against what is published and against the others."""
     name, total, free = f"GPU {index}", row["memory_total_gb"], row["memory_free_gb"]
     shown = f"{row['name']}, {free:.1f} of {total:.1f} GB free, capability {row['capability']}"
-    about, slow = published(row["name"]), []
-    for figure, unit, what, limit in (
-        ("matmul_tflops", "TFLOP/s", "matmul", about.tflops if about else 0.0),
-        ("copy_gb_s", "GB/s", "copy", about.memory if about else 0.0),
+    slow = []
+    for figure, unit, what in (
+        ("matmul_tflops", "TFLOP/s", "matmul"),
+        ("copy_gb_s", "GB/s", "copy"),
     ):
         if figure not in row:
             continue
+        limit = row.get(f"published_{figure}")
         share = row[figure] / limit if limit else None
         of = f" ({share:.0%} of the published {limit:,.0f})" if share else ""
         shown += f", {what} {row[figure]:,.0f} {unit}{of}"

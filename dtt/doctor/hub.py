@@ -7,8 +7,9 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dtt.data.remote.fetch import is_offline
 from dtt.doctor.finding import Finding, Subject, ok, skipped, warning
-from dtt.network import bounded
+from dtt.machine import bounded
 
 HUB = "https://huggingface.co"
 PATIENCE = 3.0
@@ -25,11 +26,6 @@ def check_hub(subject: Subject) -> Iterator[Finding]:
     reason = "" if offline else _ask(address)
     subject.hub_answers = not offline and not reason
     yield judge_hub(address, offline, reason, cached(subject.environ))
-
-
-def is_offline(environ: Mapping[str, str]) -> bool:
-    """Whether HF_HUB_OFFLINE forbids the network."""
-    return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _ask(address: str) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any, cast
 
+from dtt.doctor.bench import UnmeasuredError, ended, short
 from dtt.doctor.finding import Finding, Subject, ok, warning
-from dtt.doctor.gpu import published
+from dtt.doctor.gpu import nvidia_smi
 from dtt.machine import free_port
 
 SIZE = 64 << 20
@@ -32,8 +32,9 @@ def check_all_reduce(subject: Subject) -> Iterator[Finding]:
     gpus = subject.gpus
     if len(gpus) > 1:
         rate = subject.bench.run(measure, "nccl", len(gpus), seconds=60)
-        about = published(gpus[0]["name"])
-        yield judge_nccl(rate, len(gpus), about.link if about else 0.0, _has_nvlink())
+        nvlink = gpus[0].get("published_link_gb_s") or 0.0
+        has_nvlink = shows_nvlink(nvidia_smi("topo", "-m"))
+        yield judge_nccl(rate, len(gpus), nvlink, has_nvlink)
         return
     rate = subject.bench.run(measure, "gloo", 2, seconds=30)
     yield judge_gloo(rate, subject.bench.run(measure_stream))
@@ -79,7 +80,8 @@ def measure(backend: str, ranks: int) -> float:
     """Return the bus bandwidth, GB/s, of an all-reduce between local ranks.
 
     That is 2 (n - 1) / n times the bytes by the time: what each link carries, for any number of
-    ranks (nccl-tests, PERFORMANCE.md).
+    ranks (nccl-tests, PERFORMANCE.md). UnmeasuredError: what the first rank that failed said. The
+    others end with this process, or at their time limit.
     """
     method = "fork" if sys.platform == "linux" else "spawn"
     port, context = free_port(), cast(Any, multiprocessing.get_context(method))
@@ -89,10 +91,20 @@ def measure(backend: str, ranks: int) -> float:
     for process in processes:
         process.start()
     sending.close()
-    rate = float(receiving.recv())
+    try:
+        said = receiving.recv()
+    except EOFError:  # all have died without a word
+        said = ""
+    if isinstance(said, str):
+        raise UnmeasuredError(said or f"rank 0: {_death(processes[0])}")
     for process in processes:
         process.join()
-    return rate
+    return float(said)
+
+
+def _death(process: Any) -> str:
+    process.join()
+    return ended(process.exitcode)
 
 
 def _rank(backend: str, rank: int, ranks: int, port: int, sending: Any) -> None:
@@ -103,17 +115,21 @@ def _rank(backend: str, rank: int, ranks: int, port: int, sending: Any) -> None:
 
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     address = f"tcp://127.0.0.1:{port}"
     limit = timedelta(seconds=25)
-    dist.init_process_group(
-        backend, init_method=address, rank=rank, world_size=ranks, timeout=limit
-    )
-    rate = bus_bandwidth(device, ranks)
-    if rank == 0:
-        sending.send(rate)
-    dist.barrier()
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend, init_method=address, rank=rank, world_size=ranks, timeout=limit
+        )
+        rate = bus_bandwidth(device, ranks)
+        if rank == 0:
+            sending.send(rate)
+        dist.barrier()
+    except Exception as error:  # whatever it is, the report says it
+        sending.send(f"rank {rank}: {type(error).__name__}: {short(str(error))}")
+        os._exit(1)
     os._exit(0)
 
 
@@ -156,16 +172,6 @@ def measure_stream() -> float:
     thread.join()
     listener.close()
     return sent / (time.perf_counter() - start) / 1e9
-
-
-def _has_nvlink() -> bool:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=15, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return shows_nvlink(done.stdout)
 
 
 def shows_nvlink(matrix: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dtt import network
 from dtt.doctor.finding import Finding, Subject, failed, ok, skipped, warning
+from dtt.machine import bounded
 from dtt.place import find_point
 
 PATIENCE = 10.0
@@ -79,7 +80,8 @@ def judge_interfaces(found: Mapping[str, list[str]], environ: Mapping[str, str])
 def check_port(subject: Subject) -> Iterator[Finding]:
     point = find_point(subject.place, subject.environ)
     if subject.place.ranks > 1:
-        yield skipped(f"{point.port}: the ranks of this launch meet there")
+        where = point.port or "one that rank 0 chooses"
+        yield skipped(f"{where}: the ranks of this launch meet there")
         return
     try:
         network.listen(point.port).close()
@@ -106,7 +108,7 @@ def judge_port(port: int, reason: str, holder: str, asked: bool) -> Finding:
 
 
 def check_loopback(subject: Subject) -> Iterator[Finding]:
-    yield network.bounded(judge_loopback, PATIENCE)
+    yield bounded(judge_loopback, PATIENCE)
 
 
 def judge_loopback() -> Finding:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dtt.doctor.finding import Finding, Subject, ok, skipped, warning
-from dtt.machine import cores
+from dtt.machine import cores, memory
 
-MATRIX = 1024
-"""Rows and columns of the products that are timed."""
+PRODUCTS = 0.8
+"""Seconds for which products are timed, in each arithmetic."""
 COPIED = 256 << 20
 """Bytes that are copied: more than any cache."""
 BUSY = 0.25
@@ -23,8 +21,6 @@ SCARCE = 2e9
 """Bytes of free memory below which there is a warning."""
 WATCHED = 0.3
 """Seconds for which the machine is watched before the examination begins."""
-
-GROUPS = Path("/sys/fs/cgroup")
 
 
 def busy_cores(seconds: float = WATCHED) -> float:
@@ -92,49 +88,6 @@ def judge_memory(free: float, total: float) -> Finding:
     return ok(shown, figures)
 
 
-def memory() -> tuple[float, float]:
-    """Return free and total bytes: of the machine, or of this process's control group if that has
-    less."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        rows = {name: float(rest.split()[0]) * 1024 for name, rest in (r.split(":") for r in lines)}
-    except (OSError, ValueError):
-        return 0.0, 0.0
-    free, total = rows.get("MemAvailable", 0.0), rows["MemTotal"]
-    for group in _control_groups():
-        most, taken = _limit(group)
-        if most < total:
-            free, total = min(free, most - taken), most
-    return max(free, 0.0), total
-
-
-def _control_groups() -> Iterator[Path]:
-    """The folders of the groups whose limits hold for this process: its own, and those above."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return
-    for _, kinds, path in (line.split(":", 2) for line in lines):
-        if kinds in ("", "memory"):
-            base = GROUPS / kinds
-            own = base / path.lstrip("/")
-            yield from (each for each in (own, *own.parents) if each.is_relative_to(base))
-
-
-def _limit(group: Path) -> tuple[float, float]:
-    """(limit, bytes taken) of a control group, what the kernel would give back at once left out."""
-    for limit, used, cache in (
-        ("memory.max", "memory.current", "inactive_file "),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
-    ):
-        with suppress(OSError, ValueError):  # "max": no limit
-            most = float((group / limit).read_text(encoding="ascii"))
-            taken = float((group / used).read_text(encoding="ascii"))
-            rows = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-            return most, taken - sum(float(r.split()[1]) for r in rows if r.startswith(cache))
-    return float("inf"), 0.0
-
-
 def check_matmul(subject: Subject) -> Iterator[Finding]:
     yield judge_matmul(subject.bench.run(measure_matmul, cores(), seconds=30))
 
@@ -143,15 +96,14 @@ def measure_matmul(threads: int) -> dict[str, Any]:
     """Return GFLOP/s of products in fp32 and bf16, and whether bf16 is native."""
     import torch
 
-    from dtt.precision import cpu_has_bf16
+    from dtt.metrics.peak import measure
+    from dtt.precision import DTYPES, cpu_has_bf16
 
     torch.set_num_threads(threads)
     found: dict[str, Any] = {"bf16_is_native": cpu_has_bf16(), "threads": threads}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(MATRIX, MATRIX).to(kind)
-        product = torch.empty_like(a)
-        seconds = best(partial(torch.mm, a, a, out=product), 0.8)
-        found[f"{name}_gflops"] = round(2 * MATRIX**3 / seconds / 1e9, 1)
+    for name in ("fp32", "bf16"):
+        flops = measure(torch.device("cpu"), DTYPES[name], PRODUCTS)
+        found[f"{name}_gflops"] = round(flops / 1e9, 1)
     return found
 
 

@@ -25,6 +25,10 @@ SILENCE = 15.0
 even a busy rank gives its signs."""
 
 
+ANSWER = 5.0
+"""Seconds that ranks have to say that they are well, after a loss: all notice it at once."""
+
+
 class Roll:
     """What the ranks of a launch tell the main one, between `with` and its end."""
 
@@ -93,3 +97,16 @@ class Roll:
         except RuntimeError as error:
             raise PeerError("the main rank was lost", "see its messages") from error
         return lost
+
+    def call(self) -> list[int]:
+        """After a collective that failed: return, on the main rank, which ranks do not answer.
+
+        Those answer that call it too.
+        """
+        waiting, deadline = list(range(self.runtime.ranks)), time.monotonic() + ANSWER
+        with suppress(RuntimeError):  # the main rank is gone
+            self.store.set(f"well {self.runtime.rank}", "")
+            while self.runtime.is_main and waiting and time.monotonic() < deadline:
+                waiting = [rank for rank in waiting if not self.store.check([f"well {rank}"])]
+                time.sleep(BEAT / 10)
+        return waiting if self.runtime.is_main else []

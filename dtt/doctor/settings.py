@@ -13,8 +13,8 @@ from dtt.config.remote import Hub, Remote
 from dtt.config.schema import Config
 from dtt.doctor.disk import BYTES_OF_PARAMETER
 from dtt.doctor.finding import Finding, Subject, failed, ok, skipped, warning
-from dtt.doctor.processor import memory
 from dtt.errors import ConfigError, DataError
+from dtt.machine import memory
 from dtt.parallel.layout import Layout, resolve
 from dtt.training.batching import divide
 
@@ -91,7 +91,7 @@ def find_corpus(data: Data, tokenizer: TokenizerSettings) -> dict[str, Any]:
     """Return what is there of a corpus, without making or downloading anything; DataError if its
     files or its shards are missing or damaged."""
     from dtt.data.preparation.encoding import is_finished
-    from dtt.data.preparation.prepare import open_corpus, plan_corpus
+    from dtt.data.preparation.prepare import VERIFIED_TOKENS, open_corpus, plan_corpus
     from dtt.data.shards import SPLITS
 
     if isinstance(data.source, Remote):
@@ -104,14 +104,17 @@ def find_corpus(data: Data, tokenizer: TokenizerSettings) -> dict[str, Any]:
         for split in SPLITS:
             corpus.verify(split)
         manifest = corpus.manifest
-        found |= {"vocabulary": manifest.vocab_size, "tokens": manifest.total("train", "tokens")}
+        tokens = manifest.total("train", "tokens")
+        found |= {"vocabulary": manifest.vocab_size, "tokens": tokens}
+        found["hashed"] = tokens <= VERIFIED_TOKENS
     return found
 
 
 def shown_corpus(found: dict[str, Any]) -> str:
     if not found["prepared"]:
         return "its source is here; it will be tokenized at the start (`dtt tokenize` does it now)"
-    return f"{found['folder']}: {found['tokens']:,} training tokens, whole"
+    state = "whole" if found["hashed"] else "files of the right sizes (too many to be hashed here)"
+    return f"{found['folder']}: {found['tokens']:,} training tokens, {state}"
 
 
 def check_tokenizer(subject: Subject) -> Iterator[Finding]:

@@ -75,13 +75,13 @@ def card(
     *,
     family: str | None,
     proven: Mapping[str, str],
-    usable: bool,
+    loaded: str | None,
 ) -> str:
     """Return README.md of an exported model.
 
     `run` is where the metrics are, `family` the architecture of transformers (None: dtt's own
-    names), `proven` what was found, in words, by what it is of; a folder with a tokenizer is
-    `usable`.
+    names), `proven` what was found, in words, by what it is of; `loaded` what transformers loads
+    it by (None: it cannot, or has no tokenizer).
     """
     label = config.name or run.name
     front = {"tags": ["dtt", "text-generation"], "pipeline_tag": "text-generation"}
@@ -93,7 +93,7 @@ def card(
     proofs = "".join(f"- {key}: {value}\n" for key, value in proven.items())
     kept = portable(config)
     settings = write_yaml({key: _said(kept[key]) for key in SHOWN})
-    use = USE.format(name=f"{label}-hf") if usable else ""
+    use = USE.format(name=loaded) if loaded else ""
     return (
         f"---\n{write_yaml(front)}---\n\n# {label}\n\n"
         f"A language model trained with dtt{f', as {family}' if family else ''}.\n\n"

@@ -34,11 +34,12 @@ from dtt.model.decoder import Decoder
 from dtt.model.kinds import empty_model
 from dtt.model.language_model import LanguageModel
 from dtt.parallel.part import Part
+from dtt.precision import DTYPES
+from dtt.runs import find_run
 from dtt.tokenizer import Tokenizer
 from dtt.training.load import check_weights, saved_config, saved_tokenizer
-from dtt.training.saved import Saved, find_run, open_checkpoint
+from dtt.training.saved import Saved, open_checkpoint
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = ("config.json", "config.yaml", "README.md")
 """What a folder has of which --force may take the place."""
 
@@ -91,7 +92,13 @@ class Export:
         return [(name, shapes[name]) for name in empty_model(self.config.model).state_dict()]
 
     def _read(self, name: str, piece: Piece) -> Tensor:
-        return piece.from_ours(self.saved.part("model", name, piece.part))
+        part = self.saved.part("model", name, piece.part)
+        if not bool(part.isfinite().all()):
+            raise CheckpointError(
+                f"checkpoint {self.saved.path}: {name} has values that are not finite",
+                "export one from before that",
+            )
+        return piece.from_ours(part)
 
     def model(self) -> LanguageModel:
         """Return our model with the values that are exported, in fp32."""
@@ -116,15 +123,18 @@ def open_export(path: Path | None, checkpoint: str, to: str, dtype: str) -> Expo
         family = family_of(config.model)
     elif to == "hf" and isinstance(config.model, HfModel):
         theirs = architecture_of(config.model)
-    return Export(saved, config, saved_tokenizer(saved), run, family, theirs, TYPES[dtype])
+    return Export(saved, config, saved_tokenizer(saved), run, family, theirs, DTYPES[dtype])
 
 
-def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
+def write_export(
+    export: Export, folder: Path, *, verify: bool = True, push: str | None = None
+) -> None:
     """Write `folder` durably, and prove it: with `verify` its logits are those of dtt, as
     `transformers` computes them, and its tokens are.
 
-    Nothing has the name `folder` before that, and what had it goes then. CheckpointError: the
-    logits differ; it names the part that is the first to drift.
+    Nothing has the name `folder` before that, and what had it goes then. Its card says how to load
+    it: from the Hub if it will be there as `push`. CheckpointError: the logits differ; it names the
+    part that is the first to drift.
     """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     storage.make_folder(temporary)
@@ -142,7 +152,7 @@ def write_export(export: Export, folder: Path, *, verify: bool = True) -> None:
             export.run,
             family=label,
             proven=export.proven,
-            usable=usable,
+            loaded=(push or folder.name) if usable else None,
         )
         storage.write_atomic(temporary / "README.md", text)
         _put(temporary, folder)
@@ -199,21 +209,17 @@ def _write_stock(export: Export, folder: Path, verify: bool) -> None:
         return
     ours = export.model()
     if family is not None and isinstance(ours, Decoder):
-        worst = prove(folder, family, ours)
+        proof = prove(folder, family, ours)
+        export.proven["logits"] = f"those of transformers differ from dtt's by at most {proof}"
     else:
-        worst = prove_same(folder, str(export.theirs), ours)
-    export.proven["logits"] = (
-        f"those of transformers differ from dtt's by at most {worst:.0e} of their range (fp32)"
-        if worst
-        else "transformers gives those of the run, bit for bit (fp32)"
-    )
+        export.proven["logits"] = prove_same(folder, str(export.theirs), ours)
     difference = first_difference(folder, tokenizer, own)
     if difference is None:
         export.proven["tokenizer"] = "transformers gives the tokens of dtt"
         return
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         storage.remove(folder / name)
-    _warn(f"the tokenizer is left out, since transformers would read text otherwise: {difference}")
+    _warn(f"the tokenizer is left out, since transformers does not read text alike: {difference}")
 
 
 def _config_json(export: Export) -> dict[str, Any]:
@@ -244,7 +250,7 @@ def export_command(
     export = open_export(run, checkpoint, to, dtype)
     folder = output or Path("exports") / f"{export.config.name or export.run.name}-{to}"
     _refuse_folder(folder, force)
-    write_export(export, folder, verify=verify)
+    write_export(export, folder, verify=verify, push=push)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     family = export.architecture or "dtt's own names"
     print(f"{export.run}, step {export.saved.step}: {folder}")
@@ -261,6 +267,13 @@ def export_command(
 
 def _refuse_folder(folder: Path, force: bool) -> None:
     """Raise ConfigError if the folder is there and must not be replaced."""
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):
+        raise ConfigError(
+            f"{folder} is the folder that you are in, or above it, and an export takes the place "
+            "of a whole folder",
+            "give -o the name of a new one",
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not force:

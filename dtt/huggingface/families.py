@@ -29,7 +29,7 @@ class Family:
     summary: str
     """What it has, in words."""
     needs: Mapping[str, tuple[Any, ...]]
-    """Values that it can have of what `settings.facts` says of a model."""
+    """Values that it can have of what `choice.facts` says of a model."""
     keys: Mapping[str, str]
     """Settings of `Model` that config.json has as they are, and their names there."""
     names: Names

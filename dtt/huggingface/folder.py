@@ -44,7 +44,10 @@ class FolderWeights:
     """By their name the open file that has a tensor, and its name in it."""
 
     def read(self, name: str, part: Part) -> Tensor:
-        """Return a part of our tensor `name` in fp32; nothing else of the folder is read."""
+        """Return a part of our tensor `name` in fp32; nothing else of the folder is read.
+
+        CheckpointError: a file is damaged, or a value is not finite.
+        """
         found = torch.zeros(part.local_shape)
         if name.endswith("router.bias"):  # it balances experts in training, and starts at zero
             return found
@@ -57,6 +60,10 @@ class FolderWeights:
                     block = file.get_slice(inner)[places]
                 block = block.t() if piece.transposed else block
                 found[here] = block[None] if piece.stacked else block
+        if not bool(found.isfinite().all()):
+            raise CheckpointError(
+                f"{self.folder} is damaged: {name} has values that are not finite", AGAIN
+            )
         return found
 
     def whole(self) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dtt.data.remote.hub import causes, of_network
-from dtt.data.remote.retries import TemporaryError, is_temporary, persist
-from dtt.errors import CheckpointError, ConfigError, DttError, StorageError
+from dtt.data.remote.hub import causes, of_network, temporary
+from dtt.data.remote.retries import persist
+from dtt.errors import CheckpointError, ConfigError, DataError, DttError, StorageError
 from dtt.version import __version__
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -52,24 +52,28 @@ def bring(name: str, revision: str | None, wanted: tuple[str, ...] = WANTED) -> 
         except Exception as error:
             raise _failure(error, name, revision, where) from error
 
-    folder = Path(persist(where, attempt))
+    try:
+        folder = Path(persist(where, attempt))
+    except DataError as error:
+        raise _unreachable(name, where, error.what.removeprefix(where)) from error
     return folder, folder.name
+
+
+def _unreachable(name: str, where: str, why: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"no folder {name} is here, nor a download of it, and {where} cannot be reached{why}",
+        "check the network or HF_HUB_OFFLINE, or download it where there is one (`hf download "
+        f"{name}`)",
+    )
 
 
 def _failure(error: Exception, name: str, revision: str | None, where: str) -> Exception:
     kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
-    status = _status(error)
     text = " ".join(str(error).split())[:300]
-    if "OfflineModeIsEnabled" not in kinds and (
-        is_temporary(status) if status else any(map(of_network, causes(error)))
-    ):
-        return TemporaryError(f"HTTP status {status}" if status else text)
+    if (problem := temporary(error)) is not None:
+        return problem
     if "LocalEntryNotFoundError" in kinds:
-        return CheckpointError(
-            f"no folder {name} is here, nor a download of it, and {where} cannot be reached",
-            "check the network or HF_HUB_OFFLINE, or download it where there is one (`hf download "
-            f"{name}`)",
-        )
+        return _unreachable(name, where)
     if "GatedRepoError" in kinds:
         return CheckpointError(
             f"{where} is given only to whom its owners let in",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,22 +13,26 @@ from typing import Any
 import torch
 
 from dtt.config.data import TokenizerFile
-from dtt.config.model import HfModel
+from dtt.config.model import AnyModel, HfModel, Model
 from dtt.config.schema import Config
 from dtt.config.yaml_text import parse_yaml
 from dtt.dist import Runtime
-from dtt.errors import CheckpointError, ConfigError
+from dtt.errors import CheckpointError, ConfigError, DttError
 from dtt.huggingface.families import Family
-from dtt.huggingface.folder import FolderWeights, open_folder, open_named
+from dtt.huggingface.folder import AGAIN, FolderWeights, open_folder, open_named
 from dtt.huggingface.given import with_given
 from dtt.huggingface.hub import NAME, bring
 from dtt.huggingface.proof import prove, require_transformers
 from dtt.huggingface.settings import from_json
+from dtt.machine import memory
 from dtt.model.decoder import Decoder
 from dtt.model.hf.settings import complete
 from dtt.model.language_model import LanguageModel
 from dtt.parallel.model import Reader
+from dtt.runs import scan
 from dtt.training.folder import run_folder
+from dtt.training.load import saved_config
+from dtt.training.saved import read
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,22 @@ def with_origin(config: Config, fresh: bool = False) -> Config:
 
     The tokenizer is the folder's unless one is set. A model of the Hub is downloaded, and its
     commit becomes a part of `init_from`: that which the run of this name has recorded, unless the
-    run is to begin afresh. Raises ConfigError for settings that contradict the folder, and
-    CheckpointError for what is no such folder.
+    run is to begin afresh. A run that has a checkpoint needs the folder no more: where it cannot be
+    had, model and tokenizer are those of the run. Raises ConfigError for settings that contradict
+    the folder, and CheckpointError for what is no such folder.
     """
     if isinstance(config.model, HfModel):
         return _with_their_model(config, config.model, fresh)
     if config.init_from is None:
         return config
-    origin = _find(config, fresh)
-    model, _ = _read_settings(origin.folder, config.init_ignore_code)
+    try:
+        origin = _find(config, fresh)
+        model, _ = _read_settings(origin.folder, config.init_ignore_code)
+    except CheckpointError:
+        recorded = None if fresh else _recorded(config)
+        if recorded is None:
+            raise
+        return _as_recorded(config, recorded)
     changes: dict[str, Any] = {
         "init_from": origin.name,
         "model": with_given(model, config.model, str(origin.folder)),
@@ -61,6 +73,40 @@ def with_origin(config: Config, fresh: bool = False) -> Config:
     if "tokenizer" not in config.model_fields_set:
         changes["tokenizer"] = _tokenizer(origin.folder)
     return config.model_copy(update=changes)
+
+
+def _recorded(config: Config) -> Config | None:
+    """The settings of the newest checkpoint of the run of this name; None: it has none, or did not
+    begin with a model."""
+    paths = [] if config.name is None else scan(run_folder(config) / "checkpoints")
+    for path in paths:
+        with suppress(DttError):  # training will say what is wrong with it
+            found = saved_config(read(path, ()))
+            return found if found.init_from else None
+    return None
+
+
+def _as_recorded(config: Config, recorded: Config) -> Config:
+    """Return the configuration with the model and the tokenizer of its run, not of a folder."""
+    folder, named = run_folder(config), config.init_from
+    before = recorded.init_from or ""
+    changes: dict[str, Any] = {
+        "init_from": before if before.partition("@")[0] == named else named,
+        "model": _given_again(recorded.model, config.model, str(folder)),
+    }
+    tokenizer = recorded.tokenizer
+    if "tokenizer" not in config.model_fields_set or config.tokenizer == tokenizer:
+        if isinstance(tokenizer, TokenizerFile):
+            tokenizer = tokenizer.model_copy(update={"path": folder / "tokenizer.json"})
+        changes["tokenizer"] = tokenizer
+    return config.model_copy(update=changes)
+
+
+def _given_again(recorded: AnyModel, given: AnyModel, where: str) -> AnyModel:
+    """Return the model of a run with what is set beside it."""
+    if isinstance(recorded, Model) and isinstance(given, Model):
+        return with_given(recorded, given, where)
+    return recorded
 
 
 def _with_their_model(config: Config, model: HfModel, fresh: bool) -> Config:
@@ -73,8 +119,14 @@ def _with_their_model(config: Config, model: HfModel, fresh: bool) -> Config:
                 "give a model_type (gpt2, llama, ...), a folder or ORG/NAME",
             )
         return config.model_copy(update={"model": _described(model, config.init_ignore_code)})
-    origin = _find(config, fresh)
-    found = _config_json(origin.folder, config.init_ignore_code)
+    try:
+        origin = _find(config, fresh)
+        found = _config_json(origin.folder, config.init_ignore_code)
+    except CheckpointError:
+        recorded = None if fresh else _recorded(config)
+        if recorded is None:
+            raise
+        return _as_recorded(config, recorded)
     kind = str(found.get("model_type"))
     if model.architecture not in (None, kind):
         raise ConfigError(
@@ -126,29 +178,19 @@ def initial_weights(
 
 def _compare(weights: FolderWeights, family: Family, note: Callable[[str], None]) -> None:
     count = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
-    free, needed = _free_memory(), 8 * count
+    (free, total), needed = memory(), 8 * count
     start = f"starting from {weights.folder} ({family.architecture}): "
     if find_spec("transformers") is None:
         note(f"{start}not compared with transformers, which is not installed")
-    elif free is not None and needed > free:
-        note(f"{start}not compared with transformers, for want of {needed / 1e9:.0f} GB of memory")
+    elif total and needed > free:
+        note(f"{start}not compared with transformers, for want of {needed / 1e9:,.1f} GB of memory")
     else:
         with torch.device("meta"):
             ours = Decoder(weights.model)
         ours.load_state_dict(weights.whole(), assign=True)
         ours.reset()
-        worst = prove(weights.folder, family, ours.eval())
-        note(f"{start}its logits are those of transformers, to {worst:.0e} of their range")
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None: the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kilobytes[0]) * 1024 if kilobytes else None
+        proof = prove(weights.folder, family, ours.eval())
+        note(f"{start}its logits are those of transformers, to {proof}")
 
 
 def _find(config: Config, fresh: bool) -> Origin:
@@ -161,23 +203,32 @@ def _find(config: Config, fresh: bool) -> Origin:
             f"init_from: {named} does not exist, and is no ORG/NAME of the Hub", "check the path"
         )
     if not revision and not fresh:
-        revision = _recorded_revision(config, name)
+        before, _, revision = _recorded_name(config).partition("@")
+        if before == name and not revision:
+            raise CheckpointError(
+                f"init_from: {named}, a folder when this run began, is gone",
+                "check the path",
+            )
+        revision = revision if before == name else ""
     folder, commit = bring(name, revision or None)
     return Origin(folder, f"{name}@{commit}")
 
 
-def _recorded_revision(config: Config, name: str) -> str:
-    """The commit that the run of this name began with; the Hub's newest may be another by now."""
+def _recorded_name(config: Config) -> str:
+    """What the run of this name began with: a folder, or ORG/NAME@COMMIT, of which the Hub may have
+    a newer commit by now; empty: there is no such run."""
     path = run_folder(config) / "config.yaml" if config.name else Path("config.yaml")
     if config.name is None or not path.is_file():
         return ""
-    recorded = parse_yaml(path.read_text(encoding="utf-8"), str(path)).tree.get("init_from")
-    before, _, revision = str(recorded).partition("@")
-    return revision if before == name else ""
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)).tree
+    return str(tree.get("init_from") or "")
 
 
 def _read_settings(folder: Path, ignore_code: bool) -> tuple[Any, Family]:
-    return from_json(_config_json(folder, ignore_code), str(folder / "config.json"))
+    where = folder / "config.json"
+    config = _config_json(folder, ignore_code)
+    with _damage(where):
+        return from_json(config, str(where))
 
 
 def _config_json(folder: Path, ignore_code: bool) -> dict[str, Any]:
@@ -201,14 +252,17 @@ def _config_json(folder: Path, ignore_code: bool) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> TokenizerFile:
-    path = folder / "tokenizer.json"
+    path, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
         raise ConfigError(
             f"{folder} has no tokenizer.json", "name one with --tokenizer FILE, or char or byte"
         )
-    end = _json(folder / "tokenizer_config.json").get("eos_token")
+    end = _json(about).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    return TokenizerFile(path=path, end_of_text=end if end and _knows(path, end) else None)
+    if not isinstance(end, str | None):
+        raise CheckpointError(f"{about} is damaged: eos_token is {end!r}", AGAIN)
+    with _damage(path):
+        return TokenizerFile(path=path, end_of_text=end if end and _knows(path, end) else None)
 
 
 def _knows(path: Path, name: str) -> bool:
@@ -219,6 +273,16 @@ def _knows(path: Path, name: str) -> bool:
     return name in added or name in vocabulary
 
 
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Say of values of another type than they should be that this file is damaged."""
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged: {what}", AGAIN) from error
+
+
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON; empty if there is no such file."""
     if not path.exists():
@@ -226,7 +290,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}", "download it again") from None
+        raise CheckpointError(f"{path} is damaged: {error}", AGAIN) from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no object", "download it again")
+        raise CheckpointError(f"{path} is damaged: it holds no object", AGAIN)
     return found

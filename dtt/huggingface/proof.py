@@ -5,13 +5,15 @@ the first part whose output drifts is named.
 
 dtt's rotary positions are exact, and those of `transformers` have angles rounded to fp32: far out
 in a text that is more than TOLERANCE in models with large weights. So the positions are compared
-by themselves, each with the rounding that its angle may have, and the logits with the same ones.
+by themselves, each with the rounding that its angle may have. Where logits differ by more than
+TOLERANCE, they are compared once more with the same angles in both, and the `Proof` says so.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,34 +44,62 @@ def require_transformers(why: str, otherwise: str) -> None:
         )
 
 
-def prove(folder: Path, family: Family, ours: Decoder) -> float:
+@dataclass(frozen=True)
+class Proof:
+    """What was found to be the same, and how far; as text it ends a sentence."""
+
+    drift: float
+    """Largest difference of a logit as a share of the range of all."""
+    tokens: int
+    """Of the longest text that was compared."""
+    same_angles: bool
+    """Whether rotary positions needed the angles of `transformers` in both models."""
+
+    def __str__(self) -> str:
+        how = "with the same rotary angles, " if self.same_angles else ""
+        return f"{self.drift:.0e} of their range (fp32, {how}up to {self.tokens:,} tokens)"
+
+
+def prove(folder: Path, family: Family, ours: Decoder) -> Proof:
     """Compare the model in `folder`, as `transformers` loads it, with our decoder, in fp32.
 
-    Return the largest difference of a logit as a share of their range. CheckpointError: it is above
-    TOLERANCE, with the first part that drifts, or `transformers` cannot load the folder.
+    CheckpointError: logits differ by more than TOLERANCE of their range, with the first part that
+    drifts, or are not finite, or `transformers` cannot load the folder.
     """
     theirs = load_theirs(folder, family.architecture)
-    _share_positions(folder, family, ours, theirs)
-    worst = 0.0
+    angles, same_angles = _their_angles(folder, family, ours, theirs), False
+    worst, length = 0.0, 0
     for tokens in fixed_tokens(ours.settings):
         with torch.no_grad():
             expected, found = ours(tokens), theirs(tokens).logits
-        worst = max(worst, drift(expected, found))
-        if not worst <= TOLERANCE:  # a NaN is no match
+            difference = drift(expected, found)
+            if difference > TOLERANCE and angles is not None:
+                same_angles = True
+                ours.rotate_by(angles)
+                expected = ours(tokens)
+                difference = drift(expected, found)
+        if not difference <= TOLERANCE:  # a NaN is no match
             place = first_drift(ours, theirs, family, tokens)
+            if not bool(expected.isfinite().all()):
+                raise CheckpointError(
+                    f"{folder}: the logits are not finite, {place} is the first that is not",
+                    "take another revision or checkpoint",
+                )
             raise CheckpointError(
-                f"{folder}: the logits of transformers differ from dtt's by {worst:.1e} of their "
-                f"range (at most {TOLERANCE:.0e} is rounding): {place} is the first to drift",
+                f"{folder}: the logits of transformers differ from dtt's by {difference:.1e} of "
+                f"their range (at most {TOLERANCE:.0e} is rounding): {place} is the first to drift",
                 "please report it, with config.json",
             )
-    return worst
+        worst, length = max(worst, difference), tokens.shape[1]
+    return Proof(worst, length, same_angles)
 
 
-def _share_positions(folder: Path, family: Family, ours: Decoder, theirs: Any) -> None:
-    """Give our decoder the cos and sin of `transformers`, if they are ours but for rounding."""
+def _their_angles(folder: Path, family: Family, ours: Decoder, theirs: Any) -> Tensor | None:
+    """Return the cos and sin of `transformers`, which are ours but for rounding; None: no rotary
+    positions. CheckpointError: they are others."""
     settings = ours.settings
     if family.rotary is None or not isinstance(settings.positions, Rotary):
-        return
+        return None
     width = settings.head_dim or settings.dim // settings.heads
     length = min(LONG, settings.context)
     exact = rotation_table(settings.positions, width, length)
@@ -78,7 +108,8 @@ def _share_positions(folder: Path, family: Family, ours: Decoder, theirs: Any) -
         found = theirs.get_submodule(family.rotary)(exact[0], places)
     table = torch.stack([part[0, :, : width // 2] for part in found])
     angles = torch.outer(torch.arange(length), frequencies(settings.positions, width)[0].float())
-    off = ((table - exact).abs() > TOLERANCE / 10 + ANGLE_ROUNDING * angles).any(0)
+    close = (table - exact).abs() <= TOLERANCE / 10 + ANGLE_ROUNDING * angles
+    off = ~close.all(0)  # a NaN is not close
     if bool(off.any()):
         place = int(off.any(-1).nonzero()[0])
         raise CheckpointError(
@@ -86,7 +117,7 @@ def _share_positions(folder: Path, family: Family, ours: Decoder, theirs: Any) -
             "or the scaling of rotary positions is not the same",
             "please report it, with config.json",
         )
-    ours.rotate_by(table)
+    return table
 
 
 def fixed_tokens(settings: AnyModel) -> Iterator[Tensor]:

@@ -37,21 +37,25 @@ def theirs_json(model: HfModel, end_of_text: int | None, dtype: str) -> dict[str
 
 
 @torch.no_grad()
-def prove_same(folder: Path, architecture: str, ours: LanguageModel) -> float:
+def prove_same(folder: Path, architecture: str, ours: LanguageModel) -> str:
     """Compare the folder, as `transformers` loads it, with the run's model, in fp32.
 
-    Return the largest difference of a logit as a share of their range; CheckpointError: it is above
-    TOLERANCE.
+    Return what was found, in words; CheckpointError: logits differ by more than TOLERANCE of their
+    range, or are not finite.
     """
-    theirs, worst = load_theirs(folder, architecture), 0.0
+    theirs, worst, length = load_theirs(folder, architecture), 0.0, 0
     for tokens in fixed_tokens(ours.settings):
         found = ours.hidden(tokens)
         logits = F.linear(found, ours.head_weight) if ours.head_is_plain else found
-        worst = max(worst, drift(theirs(tokens).logits, logits))
-    if not worst <= TOLERANCE:  # a NaN is no match
-        raise CheckpointError(
-            f"{folder}: the logits of transformers differ from those of the run by {worst:.1e} of "
-            f"their range (at most {TOLERANCE:.0e} is rounding)",
-            "please report it, with config.json",
-        )
-    return worst
+        difference, length = drift(theirs(tokens).logits, logits), tokens.shape[1]
+        if not difference <= TOLERANCE:  # a NaN is no match
+            raise CheckpointError(
+                f"{folder}: the logits of transformers differ from those of the run by "
+                f"{difference:.1e} of their range (at most {TOLERANCE:.0e} is rounding)",
+                "please report it, with config.json",
+            )
+        worst = max(worst, difference)
+    far = f"(fp32, up to {length:,} tokens)"
+    if not worst:
+        return f"transformers gives those of the run, bit for bit {far}"
+    return f"those of transformers differ from dtt's by at most {worst:.0e} of their range {far}"

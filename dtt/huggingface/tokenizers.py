@@ -153,7 +153,10 @@ def first_difference(folder: Path, tokenizer: Tokenizer, own: bool) -> str | Non
 
 
 def _first_difference(loader: Any, folder: Path, tokenizer: Tokenizer, own: bool) -> str | None:
-    theirs = loader.from_pretrained(folder, local_files_only=True)
+    try:
+        theirs = loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever it raises for a tokenizer that it does not know
+        return f"it cannot load it ({' '.join(str(error).split())[:300]})"
     special = set(theirs.all_special_tokens) | set(theirs.get_added_vocab())
     for text in (*HOSTILE, *sorted(special)):
         if not own and any(name in text for name in special):

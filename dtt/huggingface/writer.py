@@ -14,7 +14,8 @@ from torch import Tensor
 from dtt import storage
 from dtt.errors import ConfigError
 from dtt.huggingface.pieces import Piece
-from dtt.training.snapshot import DTYPES
+from dtt.precision import DTYPES
+from dtt.training.snapshot import header
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of a file, unless one tensor is larger; more become several files with an index."""
@@ -33,9 +34,9 @@ def write_weights(
 ) -> int:
     """Write model.safetensors into `folder`, or numbered files with an index; return its bytes.
 
-    ConfigError: a value is too large for `dtype`.
+    All values are finite. ConfigError: one is too large for `dtype`.
     """
-    size = DTYPE_BYTES[dtype]
+    size = dtype.itemsize
     files = _divided(rows, size, largest)
     for number, part in enumerate(files, 1):
         storage.write_stream(folder / _name(number, len(files)), _chunks(part, dtype))
@@ -49,9 +50,6 @@ def write_weights(
         index = {"metadata": {"total_size": total}, "weight_map": places}
         storage.write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
     return total
-
-
-DTYPE_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 def _elements(row: Row) -> int:
@@ -76,19 +74,15 @@ def _divided(rows: list[Row], size: int, largest: int) -> list[list[Row]]:
 
 
 def _chunks(rows: list[Row], dtype: torch.dtype) -> Iterator[bytes | memoryview]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for row in rows:
-        start, end = end, end + _elements(row) * DTYPE_BYTES[dtype]
-        about = {"dtype": DTYPES[dtype], "shape": list(row.piece.shape)}
-        header[row.piece.name] = about | {"data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield header({"format": "pt"}, [(row.piece.name, dtype, row.piece.shape) for row in rows])
     for row in rows:
         tensor = row.make().to(dtype).contiguous()
-        if dtype != torch.float32 and not bool(tensor.isfinite().all()):
-            raise ConfigError(
-                f"--dtype fp16: a value of {row.piece.name} is too large for it", "use bf16"
-            )
+        if not bool(tensor.isfinite().all()):
+            raise _too_large(row.piece.name, dtype)
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _too_large(name: str, dtype: torch.dtype) -> ConfigError:
+    (kind,) = (kind for kind, one in DTYPES.items() if one == dtype)
+    wider = "bf16 or fp32" if dtype == torch.float16 else "fp32"
+    return ConfigError(f"--dtype {kind}: a value of {name} is too large for it", f"use {wider}")

@@ -29,4 +29,6 @@ def add_train_options(parser: ConfigParser) -> None:
     parser.add_argument(
         "--resume", type=Path, metavar="PATH", help="start from another run's folder or checkpoint"
     )
-    parser.add_argument("--fresh", action="store_true", help="the old run of that name may go")
+    parser.add_argument(
+        "--fresh", action="store_true", help="discard the old run of that name, and start over"
+    )

@@ -7,7 +7,6 @@ Slurm has ended (a node died) has no line of its own; the next one writes it.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from typing import Any
 
 from dtt.launch.slurm_verdict import Attempt
 from dtt.storage import make_folder, storage_errors
-
-STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,3 @@ def attempts_of(rows: Sequence[dict[str, Any]], chain: str) -> list[Attempt]:
         elif row["event"] == "ended":
             found.append(Attempt(row["job"], chain, begun, row["step"], tuple(row["failed"])))
     return found
-
-
-def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint by its name, 0 if there is none."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        return 0
-    with storage_errors(folder, "read"):
-        names = [path.name for path in folder.iterdir()]
-    return max((int(m[1]) for name in names if (m := STEP.fullmatch(name))), default=0)

@@ -28,10 +28,10 @@ from dtt.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError, DttError, PeerErr
 from dtt.launch.elastic_nodes import Ended, Nodes, OneMachine
 from dtt.launch.elastic_verdict import GOOD, Lost, Restarts, judge
 from dtt.launch.elastic_worker import Task, work
+from dtt.runs import scan
+from dtt.training.batching import require_layout
 from dtt.training.folder import run_folder
-from dtt.training.launch import require_layout
 from dtt.training.preemption import SIGNALS
-from dtt.training.saved import scan
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 """Forked workers share the imports of this process, which must not have used OpenMP or CUDA."""
@@ -89,10 +89,10 @@ class Agent(LocalElasticAgent):
             logging.getLogger(name).addHandler(logging.NullHandler())
         self._task, self._most_nodes = task, most_nodes
         self._nodes = Nodes(spec.rdzv_handler, endpoint)
-        self._checkpoints = run_folder(task.config) / "checkpoints"
+        self._run = run_folder(task.config)
         self._old = self._found_checkpoints() if task.fresh else set()
         self._command = "the same command" + " without --fresh" * task.fresh
-        self._restarts = Restarts(self._checkpoints, spec.max_restarts, self._command)
+        self._restarts = Restarts(self._run, spec.max_restarts, self._command)
         self._starts = 0
         self._asked: signal.Signals | None = None
         self._asked_at = FOREVER
@@ -201,7 +201,7 @@ class Agent(LocalElasticAgent):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _found_checkpoints(self) -> set[tuple[str, int]]:
-        return {(path.name, path.stat().st_ino) for path in scan(self._checkpoints)}
+        return {(path.name, path.stat().st_ino) for path in scan(self._run / "checkpoints")}
 
     def _watch(self) -> int | Lost:
         """Wait for this machine's workers to end, and leave those that do not."""

@@ -5,25 +5,36 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousParameters,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
+from dtt import network
 from dtt.config.load import named
 from dtt.errors import ConfigError, PeerError
 from dtt.launch.arguments import train_parser
 from dtt.launch.elastic_agent import ENVIRONMENT, Agent, Unlogged, say
 from dtt.launch.elastic_nodes import SETTINGS, OneMachine
 from dtt.launch.elastic_worker import Task, work
-from dtt.training.launch import require_layout
+from dtt.launch.torchrun import PORT
+from dtt.training.batching import require_layout
 
-PORT = 29400
-"""Where the machines meet if --rdzv-endpoint or --master-port does not say it."""
+PAUSE = 1.0
+"""Seconds between two tries to reach the place where the machines meet."""
+UNSAID = 5.0
+"""Seconds that machines may start one after the other without a word of it."""
+ANSWER = 3.0
+"""Seconds that it has to answer."""
 ROLE = "default_role"
 
 
@@ -47,14 +58,23 @@ def train_on_nodes(argv: Sequence[str]) -> int:
     task = _task(options)
     if options.max_restarts is None:
         options.max_restarts = task.config.parallel.restarts
-    try:
+    with _as_config_errors():
         launch, _, _ = torchrun.config_from_args(options)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"launcher: {error}", "see torchrun --help") from error
     require_layout(task.config, launch.max_nodes * launch.nproc_per_node)
     logged = options.log_dir or options.redirects != "0" or options.tee != "0"
     logs: Any = launch.logs_specs if logged else Unlogged()
-    return Agent(_spec(launch), logs, task, launch.max_nodes, launch.rdzv_endpoint).train()
+    with _as_config_errors():
+        spec = _spec(launch)
+    return Agent(spec, logs, task, launch.max_nodes, launch.rdzv_endpoint).train()
+
+
+@contextmanager
+def _as_config_errors() -> Iterator[None]:
+    """Inside, what torch says of arguments that it cannot take is a ConfigError."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"launcher: {error}", "see torchrun --help") from error
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -82,7 +102,9 @@ def _task(options: argparse.Namespace) -> Task:
             "the launcher starts `-m dtt train ...` and nothing else", "use torchrun for the rest"
         )
     if words[0] != "train":
-        raise ConfigError(f"`dtt {words[0]}` needs no ranks that restart", "use torchrun for it")
+        raise ConfigError(
+            f"this launcher starts `dtt train`, and not `dtt {words[0]}`", "use torchrun for it"
+        )
     parser = train_parser()
     given = parser.parse(words[1:])
     return Task(named(parser.config(given)), given.resume, given.fresh)
@@ -113,18 +135,37 @@ def _meeting(launch: LaunchConfig) -> Any:
         local_addr=launch.local_addr,
         **(SETTINGS | launch.rdzv_configs),
     )
-    deadline = time.monotonic() + float(parameters.config["join_timeout"])
-    waits = False
+    begun, waits = time.monotonic(), False
+    place = parse_rendezvous_endpoint(launch.rdzv_endpoint, PORT)
     while True:
         try:
+            _look_for(parameters)
             return get_rendezvous_handler(parameters)
-        except (RuntimeError, ValueError) as error:
+        except RendezvousConnectionError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            if time.monotonic() > deadline:
-                raise PeerError(
-                    f"the machines cannot meet at {launch.rdzv_endpoint}: {reason}",
-                    "start the launcher on that machine, too, and look at its firewall",
-                ) from error
-        if not waits:
-            say(f"waiting for {launch.rdzv_endpoint}, where the machines of this run meet")
+        except OSError as error:
+            reason, _ = network.explain(error, *place)
+        waited = time.monotonic() - begun
+        if waited > float(parameters.config["join_timeout"]):
+            raise PeerError(
+                f"the machines cannot meet at {launch.rdzv_endpoint}: {reason}",
+                "start the launcher on that machine, too, and look at its firewall",
+            )
+        if waited > UNSAID and not waits:
+            where = f"{launch.rdzv_endpoint}, where the machines of this run meet"
+            say(f"waiting for {where}: {reason}")
             waits = True
+        time.sleep(PAUSE)
+
+
+def _look_for(parameters: RendezvousParameters) -> None:
+    """Raise OSError where the machine at which all meet is another, and does not answer.
+
+    torch's store would write pages about each try, and not why.
+    """
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
+    is_here = parameters.get_as_bool("is_host")
+    if is_here is None:
+        is_here = any(map(network.is_own, network.resolve(host, port, ANSWER)))
+    if parameters.backend == "c10d" and not is_here:
+        network.reach(host, port, ANSWER)

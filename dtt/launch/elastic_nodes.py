@@ -133,7 +133,7 @@ class Nodes:
         handler: Any = self._handler
         if handler._this_node not in handler._state_holder.state.participants:
             return "the other machines have not heard of this one for too long"
-        return f"a machine left or is gone; here is {', '.join(self.names())}"
+        return f"lost a machine; left: {', '.join(self.names())}"
 
     def due(self) -> bool:
         """Whether it is time to ask for news again."""

@@ -14,7 +14,7 @@ from dtt.errors import (
     NoProgressError,
     PeerError,
 )
-from dtt.training.saved import STEP, scan
+from dtt.runs import newest_step
 
 GOOD = (EXIT_DONE, EXIT_PREEMPTED)
 
@@ -64,9 +64,9 @@ def _signal_name(number: int) -> str:
 class Restarts:
     """Counts restarts since the newest committed checkpoint of a run last advanced."""
 
-    def __init__(self, checkpoints: Path, allowed: int, command: str) -> None:
-        self._checkpoints, self._allowed, self._command = checkpoints, allowed, command
-        self._made, self._newest = 0, newest_step(checkpoints)
+    def __init__(self, run: Path, allowed: int, command: str) -> None:
+        self._run, self._allowed, self._command = run, allowed, command
+        self._made, self._newest = 0, newest_step(run)
 
     def count(self, lost: Lost, say: Callable[[str], None]) -> None:
         """Count one more restart and `say` so in a line, or refuse it.
@@ -74,7 +74,7 @@ class Restarts:
         Raises PeerError if restarts are not allowed, and NoProgressError if as many as are allowed
         made no new checkpoint.
         """
-        newest = newest_step(self._checkpoints)
+        newest = newest_step(self._run)
         if newest != self._newest:
             self._made, self._newest = 0, newest
         start = f"from step {newest}" if newest else "from the beginning"
@@ -83,17 +83,8 @@ class Restarts:
         if self._made == self._allowed:
             raise NoProgressError(
                 f"{lost.what}, and {self._made} restarts made no new checkpoint",
-                f"mend what ends it there; then {self._command} goes on {start}",
+                f"fix the cause; then {self._command} goes on {start}",
             )
         self._made += 1
         count = f"restart {self._made} of {self._allowed} without a new checkpoint"
         say(f"{lost.what}; {count}, {start}")
-
-
-def newest_step(checkpoints: Path) -> int:
-    """Return the step of the newest committed checkpoint in a folder, 0 if there is none."""
-    for path in scan(checkpoints):
-        match = STEP.fullmatch(path.name)
-        if match:
-            return int(match[1])
-    return 0

@@ -36,7 +36,7 @@ class Job:
     """The resolved configuration as YAML, for machines that do not see the files behind
     `arguments`."""
     others: tuple[str, ...] = ()
-    """Those of `arguments` that are no part of the configuration: --resume PATH, --debug."""
+    """Those of `arguments` that are no part of the configuration: --resume PATH."""
 
     @property
     def train(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--kind", choices=KINDS, default="job", metavar="job|pytorchjob", help="default: job")
     add("--namespace", metavar="NAME", help="default: that of kubectl's context")
     add("--cpus", type=at_least(1), metavar="N", help="CPU cores of each pod")
-    add("--memory", type=_quantity, metavar="SIZE", help="memory of each pod, as 64Gi")
+    add("--memory", type=_quantity, metavar="SIZE", help="memory of each pod, such as 64Gi")
     add(
         "--grace",
         type=at_least(1),
@@ -59,10 +59,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def write(job: Job, options: argparse.Namespace) -> str:
     """Return the manifest; ConfigError where what a pod needs is not said."""
     if not options.image:
-        raise ConfigError("which container image?", "give --image IMAGE, one with dtt")
+        raise ConfigError("k8s: no container image is given", "give --image IMAGE, one with dtt")
     if not options.claim:
         raise ConfigError(
-            "a pod's own disk is lost with it",
+            "k8s: no volume is given, and a pod's own disk is lost with it",
             "give --claim NAME, a PersistentVolumeClaim for runs and data",
         )
     documents = [_config_map(job, options)]
@@ -98,7 +98,7 @@ def run(job: Job, options: argparse.Namespace, text: str) -> int:
 
 def _quantity(text: str) -> str:
     if not re.fullmatch(r"[0-9]+(?:\.[0-9]+)?(?:[kMGTP]|[KMGTP]i)?", text):
-        raise argparse.ArgumentTypeError(f"should be a size as 64Gi, got {text!r}")
+        raise argparse.ArgumentTypeError(f"should be a size such as 64Gi, got {text!r}")
     return text
 
 

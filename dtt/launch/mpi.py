@@ -104,7 +104,8 @@ def _first_host(job: Job, options: argparse.Namespace) -> str:
         return f'"$({FIRST_HOST} {shlex.quote(options.hostfile)})"'
     if job.nodes > 1:
         raise ConfigError(
-            f"--nodes {job.nodes}: on which hosts?", "give --hosts A,B,... or --hostfile FILE"
+            f"mpi: no hosts are given for {job.nodes} nodes",
+            "give --hosts A,B,... or --hostfile FILE",
         )
     return "127.0.0.1"
 

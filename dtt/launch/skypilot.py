@@ -35,7 +35,7 @@ RETRYABLE = [7, 75]
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the cloud must know beside the job."""
     add = parser.add_argument
-    add("--accelerator", type=_accelerator, metavar="NAME", help="kind of GPU, as H100")
+    add("--accelerator", type=_accelerator, metavar="NAME", help="kind of GPU, such as H100")
     add("--cpus", type=at_least(1), metavar="N", help="CPU cores of each machine, at least")
     add("--infra", metavar="CLOUD", help="cloud, region or zone, as aws/us-east-1 (default: any)")
     add("--bucket", metavar="NAME", help="bucket for the runs, which outlives the machines")
@@ -61,11 +61,11 @@ def write(job: Job, options: argparse.Namespace) -> str:
         )
     if job.gpus and not options.accelerator:
         raise ConfigError(
-            f"--gpus-per-node {job.gpus}: which GPUs?", "give --accelerator NAME, as H100"
+            f"no kind is given for {job.gpus} GPUs a node", "give --accelerator NAME, such as H100"
         )
     if options.accelerator and not job.gpus:
         raise ConfigError(
-            f"--accelerator {options.accelerator}: how many?", "give --gpus-per-node G"
+            f"--accelerator {options.accelerator}: no number is given", "give --gpus-per-node G"
         )
     resources: Tree = {}
     if job.gpus:
@@ -99,7 +99,7 @@ def run(job: Job, options: argparse.Namespace, text: str) -> int:
 
 def _accelerator(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z][\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"should be a name as H100, got {text!r}")
+        raise argparse.ArgumentTypeError(f"should be a name such as H100, got {text!r}")
     return text
 
 

@@ -14,7 +14,6 @@ from dtt.errors import EXIT_DONE, ConfigError
 from dtt.launch.attempts import record_of
 from dtt.launch.job import Job
 from dtt.launch.shell import exports
-from dtt.launch.slurm_attempt import fresh_error
 from dtt.launch.slurm_script import Words, quoted, stage_script, train_script
 from dtt.metrics.progress import Progress, read_progress
 from dtt.storage import make_folder
@@ -147,7 +146,7 @@ def seconds_of(limit: str) -> float:
     if match is None:
         if limit.upper() in ("UNLIMITED", "INFINITE"):
             return math.inf
-        raise ConfigError(f"--time {limit!r} is no time", "give it as 90, 12:00:00 or 2-00:00")
+        raise ConfigError(f"--time {limit!r} is not a time", "give it as 90, 12:00:00 or 2-00:00")
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
     if days is not None:
@@ -161,8 +160,6 @@ def seconds_of(limit: str) -> float:
 
 def _scripts(job: Job, options: argparse.Namespace) -> dict[str, str]:
     """Return the scripts of a job by name; those before training only with --chain."""
-    if "--fresh" in job.arguments:
-        raise fresh_error()
     logs = str(job.folder / "logs").replace("%", "%%")
     seconds = signal_seconds(options, read_progress(job.folder))
     python = shlex.quote(job.python)
@@ -174,7 +171,9 @@ def _scripts(job: Job, options: argparse.Namespace) -> dict[str, str]:
         "signal": f"B:USR1@{seconds}",
         "output": f"{logs}/slurm-%j.log",
     }
-    after = {"dependency": f"afterok:{options.after}"} if options.after else {}
+    after = {}
+    if options.after:
+        after = {"dependency": f"afterok:{options.after}", "kill-on-invalid-dep": "yes"}
     if not options.chain:
         return {"train": train_script(header | after, words)}
     data = Words(python, quoted(_of_data(job.arguments)), setup=words.setup)

@@ -16,20 +16,21 @@ import sys
 from pathlib import Path
 
 from dtt.errors import EXIT_DONE, ConfigError, PeerError
-from dtt.launch.attempts import Record, attempts_of, newest_step, record_of
+from dtt.launch.attempts import Record, attempts_of, record_of
 from dtt.launch.slurm_verdict import (
     EXIT_NO_PROGRESS,
     LOST,
     MOST_IDLE,
     Verdict,
     decide,
-    expand,
     idle,
     read_messages,
     worn,
 )
 from dtt.metrics.progress import read_progress
+from dtt.nodelist import expand_nodes
 from dtt.reporting import report_error
+from dtt.runs import newest_step
 
 PATIENCE = 60.0
 """Seconds that Slurm's own commands may take."""
@@ -59,25 +60,18 @@ def main(argv: list[str]) -> int:
 
 
 def _folder(argv: list[str]) -> int:
-    from dtt.config.flags import ConfigParser
+    from dtt.launch.arguments import train_parser
 
-    parser = ConfigParser("dtt train", "", ())
-    parser.add_argument("--resume")
-    parser.add_argument("--fresh", action="store_true")
+    parser = train_parser()
     options = parser.parse(argv)
     if options.fresh:
-        raise fresh_error()
+        raise ConfigError(
+            "--fresh in a Slurm job would remove the run whenever the job begins again",
+            "remove the old run's folder by hand, or give this one another --name",
+        )
     config = parser.config(options)
     print(config.dir / str(config.name))
     return EXIT_DONE
-
-
-def fresh_error() -> ConfigError:
-    """Return what is wrong with --fresh in a job that may begin again."""
-    return ConfigError(
-        "--fresh in a Slurm job would remove the run whenever the job begins again",
-        "remove the old run's folder by hand, or give this one another --name",
-    )
 
 
 def begin(options: argparse.Namespace) -> int:
@@ -94,12 +88,16 @@ def begin(options: argparse.Namespace) -> int:
     if (count := idle(attempts)) >= MOST_IDLE:
         _say(f"{count} attempts in a row saved no new checkpoint; see {run}/logs, and submit again")
         return EXIT_NO_PROGRESS
-    nodes = expand(options.nodes)
-    if set(nodes) & set(worn(attempts)):
-        _again(record, options, worn(attempts))
-        return PeerError.exit_code
+    nodes = list(expand_nodes(options.nodes))
     facts = {"job": options.job, "chain": options.chain, "nodes": nodes, "step": step}
     record.add("begun", **facts)
+    if used := sorted(set(nodes) & set(worn(attempts))):
+        # It counts as an attempt: where Slurm does not leave nodes out this must end, too.
+        why = f"{','.join(used)} failed twice"
+        _ended(record, options, options.job, step, PeerError.exit_code, (), why)
+        _say(f"attempt {number}: not on {','.join(used)}, which failed twice; going on without")
+        _again(record, options, worn(attempts))
+        return PeerError.exit_code
     where = f"goes on from step {step}" if step else "starts"
     _say(f"attempt {number}: {run} {where} on {options.nodes} (job {options.job})")
     return EXIT_DONE
@@ -108,7 +106,7 @@ def begin(options: argparse.Namespace) -> int:
 def end(options: argparse.Namespace) -> int:
     """Write down how an attempt ended, have it go on where it should; return its exit code."""
     record, step = record_of(options.run), newest_step(options.run)
-    ended = read_messages(_messages(options), options.code, expand(options.nodes))
+    ended = read_messages(_messages(options), options.code, list(expand_nodes(options.nodes)))
     _ended(record, options, options.job, step, ended.code, ended.failed, "")
     attempts = attempts_of(record.rows(), options.chain)
     verdict = decide(ended, attempts, cancelled=_is_cancelled(options.job))
@@ -178,15 +176,7 @@ def _resubmit(
 ) -> None:
     """Submit the script that runs as a new job, which starts when this one is over."""
     script = _command("scontrol", "write", "batch_script", options.job, "-")
-    same = {
-        "partition": before.get("Partition", ""),
-        "account": before.get("Account", ""),
-        "qos": before.get("QOS", ""),
-        "time": before.get("TimeLimit", ""),
-        "chdir": before.get("WorkDir", ""),
-        "job-name": before.get("JobName", ""),
-    }
-    flags = [f"--{name}={value}" for name, value in same.items() if value not in ("", "(null)")]
+    flags = [f"--{name}={value}" for name, value in _asked(before).items()]
     flags += [f"--exclude={nodes}"] if nodes else []
     flags += ["--parsable", f"--dependency=afterany:{options.job}", "/dev/stdin", *options.rest]
     done = _command("sbatch", *flags, text=script.stdout)
@@ -196,6 +186,27 @@ def _resubmit(
     job = done.stdout.strip().split(";")[0]
     record.add("submitted", job=job, chain=options.chain)
     _say(f"job {options.job} may not be requeued ({why}): job {job} goes on after it")
+
+
+def _asked(facts: dict[str, str]) -> dict[str, str]:
+    """Return what a job was given beside its script, as options of sbatch."""
+    names = {
+        "partition": "Partition",
+        "account": "Account",
+        "qos": "QOS",
+        "time": "TimeLimit",
+        "chdir": "WorkDir",
+        "job-name": "JobName",
+        "nodes": "NumNodes",
+        "cpus-per-task": "CPUs/Task",
+        "constraint": "Features",
+        "mem": "MinMemoryNode",
+        "mem-per-cpu": "MinMemoryCPU",
+    }
+    found = {option: facts.get(name, "") for option, name in names.items()}
+    found["ntasks-per-node"] = facts.get("NtasksPerN:B:S:C", "").partition(":")[0]
+    found["gres"] = re.sub(r"\bgres[:/]", "", facts.get("TresPerNode", ""))
+    return {option: value for option, value in found.items() if value not in ("", "0", "(null)")}
 
 
 def _is_cancelled(job: str) -> bool:

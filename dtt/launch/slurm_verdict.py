@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dtt.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_PREEMPTED, NoProgressError, PeerError
+from dtt.nodelist import expand_nodes
 
 EXIT_NO_PROGRESS = NoProgressError.exit_code
 MOST_IDLE = 3
@@ -85,22 +86,6 @@ class Verdict:
     """Nodes that the next attempt must not have."""
 
 
-def expand(text: str) -> list[str]:
-    """Return the names in a Slurm host list, such as node[01-03,7],gpu1."""
-    names = []
-    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
-        head, bracket, rest = part.partition("[")
-        if not bracket:
-            names.append(part)
-            continue
-        inner, _, tail = rest.partition("]")
-        for item in inner.split(","):
-            first, _, last = item.partition("-")
-            for number in range(int(first), int(last or first) + 1):
-                names += [f"{head}{number:0{len(first)}d}{end}" for end in expand(tail) or [""]]
-    return names
-
-
 def read_messages(text: str, code: int, nodes: Sequence[str]) -> Ended:
     """Find the cause in srun's messages; `code` is srun's own exit code, of `nodes` it ran on.
 
@@ -113,11 +98,11 @@ def read_messages(text: str, code: int, nodes: Sequence[str]) -> Ended:
         if FIRST in line:
             break
         if lost := NODE.search(line):
-            failed += expand(lost[1])
+            failed += expand_nodes(lost[1])
         elif tasks := TASKS.search(line):
             found = _code(tasks[3])
             if found > SIGNALLED and found not in LASTING:
-                failed += expand(tasks[1])
+                failed += expand_nodes(tasks[1])
             codes.append(found)
     lasting = [c for c in codes if not _is_retryable(c) and c != EXIT_DONE]
     died = [c for c in codes if c > SIGNALLED and c not in LASTING]
@@ -156,17 +141,20 @@ def decide(ended: Ended, attempts: Sequence[Attempt], *, cancelled: bool) -> Ver
         return Verdict("done", EXIT_DONE, why)
     if cancelled:
         return Verdict(
-            "stop", ended.code, f"{why}; Slurm has ended the job, and goes on with it or not"
+            "stop",
+            ended.code,
+            f"{why}; Slurm ended the job: cancelled, it stays ended; after a lost node it is "
+            "requeued",
         )
     if not _is_retryable(ended.code):
-        return Verdict("stop", ended.code, f"{why}: another attempt would end alike")
+        return Verdict("stop", ended.code, f"{why}: another attempt would fail the same way")
     if (count := idle(attempts)) >= MOST_IDLE:
         return Verdict(
             "stop",
             EXIT_NO_PROGRESS,
             f"{why}; {count} attempts in a row saved no new checkpoint (newest: "
             f"{f'step {last.ended}' if last.ended else 'none'}): see the logs, and submit again "
-            "when it is mended",
+            "when the cause is fixed",
         )
     return Verdict("again", ended.code, why, worn(attempts))
 
@@ -192,7 +180,7 @@ def describe(ended: Ended) -> str:
     meanings: Mapping[int, str] = {
         LOST: "Slurm ended it",
         EXIT_DONE: "complete",
-        EXIT_PREEMPTED: "stopped by a signal after a save (75)",
+        EXIT_PREEMPTED: "stopped by a signal (75)",
         PeerError.exit_code: "a rank was lost (7)",
         EXIT_INTERRUPTED: "interrupted (130)",
     }

@@ -181,7 +181,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def write(job: Job, options: argparse.Namespace) -> str:
     """Return the script that starts all hosts and watches them."""
     if not options.hosts:
-        raise ConfigError("ssh to which hosts?", "give --hosts A,B,...")
+        raise ConfigError("ssh: no hosts are given", "give --hosts A,B,...")
     hosts = matching(job, options.hosts)
     config = ["-F", options.ssh_config] if options.ssh_config else []
     ssh = ["ssh", *config]

@@ -79,7 +79,7 @@ def _parts(job: Job, options: argparse.Namespace) -> list[list[str]]:
         meeting = ["--standalone"]
     elif options.rdzv_endpoint is None:
         raise ConfigError(
-            f"--nodes {job.nodes}: where do the nodes meet?",
+            f"{job.nodes} nodes need a place to meet",
             "give --rdzv-endpoint HOST:PORT, a free port of one of them that the others can reach",
         )
     else:

@@ -12,7 +12,9 @@ from dtt.data.corpora import prepare_corpora
 from dtt.data.progress import progress
 from dtt.dist import find_place, leave
 from dtt.errors import EXIT_DONE, EXIT_PREEMPTED
-from dtt.training.launch import require_layout, train, train_rank
+from dtt.training.batching import require_layout
+from dtt.training.engine import require_engine
+from dtt.training.launch import train, train_rank
 
 
 def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -> int:
@@ -28,6 +30,7 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
 def _on_workers(config: Config, resume: str | Path | None, fresh: bool) -> int:
     """Start the workers on this machine, on a corpus that is ready."""
     require_layout(config, config.parallel.world_size)
+    require_engine(config.training)
     with progress() as advance:  # not while ranks wait for each other, which has a time limit
         prepare_corpora(config.data, config.tokenizer, report=_warn, advance=advance)
     # What starts workers is imported where they are.

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtt.errors import EXIT_DONE, CheckpointError, ConfigError
-from dtt.launch.attempts import newest_step, record_of
+from dtt.errors import EXIT_DONE, ConfigError
+from dtt.launch.attempts import record_of
 from dtt.launch.slurm_verdict import Ended, describe
 from dtt.metrics.meter import short_count, short_duration
 from dtt.metrics.progress import Progress, read_progress
+from dtt.runs import newest_step
 from dtt.storage import storage_errors
 
 SHOWN = 5
@@ -26,7 +27,6 @@ PAUSE = 0.5
 
 def status(folder: Path) -> int:
     """Print where a run stands: its job, its steps, its attempts, and why it failed if it did."""
-    _require_run(folder)
     now, progress = time.time(), read_progress(folder)
     rows = record_of(folder).rows()
     running, lines = _jobs(folder, rows)
@@ -41,7 +41,6 @@ def status(folder: Path) -> int:
 
 def logs(folder: Path, rank: int, follow: bool) -> int:
     """Print what a rank has said, and with `follow` what it says from now on, until Ctrl-C."""
-    _require_run(folder)
     found = ranks_with_logs(folder)
     if rank not in found:
         has = f"ranks {found[0]} to {found[-1]} have one" if found else "no rank has one"
@@ -67,12 +66,6 @@ def ranks_with_logs(folder: Path) -> list[int]:
     """Return the ranks that have a log in this run."""
     names = [path.name for path in (folder / "logs").glob("rank-*.log")]
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"rank-(\d+)\.log", name)))
-
-
-def _require_run(folder: Path) -> None:
-    if not (folder / "logs").is_dir() and not (folder / "config.yaml").is_file():
-        what = "is not a run" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}", "name the folder of a run, such as runs/NAME")
 
 
 def _jobs(folder: Path, rows: list[dict[str, Any]]) -> tuple[bool, list[str]]:

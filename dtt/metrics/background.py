@@ -5,17 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtt.metrics.trackers import Figures, Tracker
+from dtt.metrics.trackers import PATIENCE, Figures, Say, Tracker
 
 CAPACITY = 1000
 """Things that wait for a slow tracker; more are dropped, and counted."""
-PATIENCE = 15.0
-"""Seconds that a tracker has at the end for what it still has to send."""
+HASTE = 3.0
+"""Seconds that trackers have at the end, all together, where an error ends the run: the other ranks
+hear of it only afterwards, and end one that takes longer than dtt.rendezvous.alarm.GRACE."""
 
 _Call = Callable[[Tracker], None]
 
@@ -23,23 +23,26 @@ _Call = Callable[[Tracker], None]
 class Background:
     """A Tracker that hands everything to another one, which is made and called in a thread.
 
-    Nothing here blocks but `close`, for `patience` seconds at most, and nothing raises. What the
-    person should know of it is said with `warn`, always on the caller's thread, each once.
+    Nothing here blocks but the end (`close_all`), and nothing raises. What the person should know
+    of it is said with `info` or `warn`, always on the caller's thread, each once.
     """
 
     def __init__(
         self,
         name: str,
-        make: Callable[[Callable[[str], None]], Tracker],
-        warn: Callable[[str], None],
+        make: Callable[[Say, Say], Tracker],
         *,
+        info: Say,
+        warn: Say,
         capacity: int = CAPACITY,
-        patience: float = PATIENCE,
     ) -> None:
-        self._name, self._make, self._warn, self._patience = name, make, warn, patience
-        self._calls: queue.Queue[_Call | None] = queue.Queue(capacity)
-        self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """`make` is given what says a line of news, and what says a warning."""
+        self._name, self._make, self._info, self._warn = name, make, info, warn
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._capacity = capacity
+        self._notes: queue.SimpleQueue[tuple[Say, str]] = queue.SimpleQueue()
         self._failed = False
+        self._finishing = 0.0
         self.dropped = 0
         """Things that a tracker too slow or broken never got."""
         # A daemon: one that never comes back must not keep the process.
@@ -56,18 +59,20 @@ class Background:
     def picture(self, step: int, name: str, path: Path) -> None:
         self._put(lambda tracker: tracker.picture(step, name, path))
 
-    def close(self) -> None:
-        """Give the tracker its time to finish, and say what was lost."""
-        end = time.monotonic() + self._patience
-        with suppress(queue.Full):
-            self._calls.put(None, timeout=self._patience)
-        self._thread.join(max(end - time.monotonic(), 0.0))
+    def finish(self) -> None:
+        """Have the tracker closed once it has taken what waits for it."""
+        self._finishing = time.monotonic()
+        self._calls.put(None)
+
+    def wait(self, until: float) -> None:
+        """Wait for the tracker to be closed, until then by time.monotonic; say what was lost."""
+        self._thread.join(max(until - time.monotonic(), 0.0))
         self._say_notes()
         if self._thread.is_alive():
-            self.dropped += self._calls.qsize()
+            self.dropped += max(self._calls.qsize() - 1, 0)  # the last is no figure
             self._warn(
-                f"{self._name} did not finish in {self._patience:.0f} s: some figures may be "
-                "missing there; metrics.jsonl has them all"
+                f"{self._name} did not finish in {time.monotonic() - self._finishing:.0f} s: some "
+                "figures may be missing there; metrics.jsonl has them all"
             )
         elif self.dropped and not self._failed:
             self._warn(f"{self._name} was too slow for {self.dropped} figures, which it lacks")
@@ -76,29 +81,43 @@ class Background:
         self._say_notes()
         if self._failed:
             return
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            self.dropped += 1
-            if self.dropped == 1:
-                self._warn(
-                    f"{self._name} is slower than the run: what it has no time for is left out "
-                    "there; metrics.jsonl has it all"
-                )
+        if self._calls.qsize() < self._capacity:
+            self._calls.put(call)
+            return
+        self.dropped += 1
+        if self.dropped == 1:
+            self._warn(
+                f"{self._name} is slower than the run: what it has no time for is left out "
+                "there; metrics.jsonl has it all"
+            )
 
     def _say_notes(self) -> None:
         while not self._notes.empty():
-            self._warn(self._notes.get())
+            say, text = self._notes.get()
+            say(text)
 
     def _work(self) -> None:
         try:
-            tracker = self._make(self._notes.put)
+            tracker = self._make(
+                lambda text: self._notes.put((self._info, text)),
+                lambda text: self._notes.put((self._warn, text)),
+            )
             while (call := self._calls.get()) is not None:
                 call(tracker)
             tracker.close()
         except BaseException as error:  # also what a client thinks should end the process
             self._failed = True
-            self._notes.put(f"{self._name} failed and is left alone from here on: {_brief(error)}")
+            text = f"{self._name} failed and is left alone from here on: {_brief(error)}"
+            self._notes.put((self._warn, text))
+
+
+def close_all(trackers: Sequence[Background], seconds: float = PATIENCE) -> None:
+    """Close trackers, all at the same time, and wait so many seconds for them together."""
+    until = time.monotonic() + seconds
+    for tracker in trackers:
+        tracker.finish()
+    for tracker in trackers:
+        tracker.wait(until)
 
 
 def _brief(error: BaseException) -> str:

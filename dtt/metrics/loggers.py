@@ -95,6 +95,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def metrics_table(path: Path) -> dict[str, list[Any]]:
+    """Return a metrics.jsonl as columns of equal length, with one row for each step.
+
+    What was not measured after a step is None there. `pandas.DataFrame` takes it as it is.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_metrics(path):
+        rows.setdefault(row["step"], {}).update(row)
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    return {name: [row.get(name) for row in rows.values()] for name in names}
+
+
 class Reporter:
     """Speaks to the person: lines on the console, the same in logs/train.log, a bar on a terminal.
 
@@ -113,6 +125,10 @@ class Reporter:
             self._log.addHandler(logging.NullHandler())
             return
         self._console = Console(highlight=False, soft_wrap=True)
+        if self._console.is_jupyter:  # plain lines: it has no bar that is written over itself
+            self._console = Console(
+                highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False
+            )
         storage.make_folder(folder / "logs")
         file = logging.FileHandler(folder / "logs" / "train.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

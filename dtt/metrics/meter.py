@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -266,17 +266,21 @@ def short_duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, ""))
+PREFIXES = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"), (1, " "))
+
+
 def short_count(number: float) -> str:
     """Return a count as people read it: 950, 34.5k, 10.7M, 8.03B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit * 0.9995:  # what is rounded to three digits must not become 1e+03
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.0f}"
+    return _short(number, COUNTS)
 
 
 def short_flops(number: float) -> str:
     """Return operations with their prefix, as in 989 T or 5.13 M; the unit comes behind it."""
-    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit * 0.9995:
-            return f"{number / limit:.3g} {prefix}"
-    return f"{number:.0f} "
+    return _short(number, PREFIXES)
+
+
+def _short(number: float, units: Sequence[tuple[float, str]]) -> str:
+    # What is rounded to three digits must not become 1e+03.
+    limit, unit = next((row for row in units if number >= row[0] * 0.9995), units[-1])
+    return f"{number / limit:.3g}{unit}"

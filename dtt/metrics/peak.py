@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dtt.reporting import is_out_of_memory
+
 SECONDS = 0.2
 """How long the peak of an unknown device is measured, about."""
 SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
@@ -112,11 +114,17 @@ def _has_words(name: str, words: str) -> bool:
 def measure_again(device: torch.device, dtype: torch.dtype, known: Peak) -> Peak:
     """Return a higher peak if it can be measured now: something else may have been at work before.
 
-    A published peak stays.
+    A published peak stays, and one that a run leaves too little memory to measure.
     """
     if known.source == "published":
         return known
-    return Peak(max(known.flops, measure(device, dtype)), known.source)
+    try:
+        found = measure(device, dtype)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return known
+    return Peak(max(known.flops, found), known.source)
 
 
 @cache

@@ -15,18 +15,23 @@ import re
 import secrets
 import struct
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from dtt import storage
 from dtt.config.schema import Logging
 from dtt.errors import ConfigError
+from dtt.machine import is_installed
 
+PATIENCE = 15.0
+"""Seconds that trackers have at the end, all together, for what they still have to send."""
 WANDB_INIT_SECONDS = 20
 """wandb's own default is 90 s; where nothing answers it has then lasted 101 s."""
+WANDB_FINISH_SECONDS = PATIENCE - 3
+"""wandb's own default is to wait for its server without end, when the process ends too."""
 
 Figures = Mapping[str, float | None]
 Say = Callable[[str], None]
@@ -45,7 +50,9 @@ class Opening:
     step: int
     """The step from which the run goes on; 0 for a new one. Later ones are drawn anew."""
     say: Say
-    """Says a line to the person, when the loop has time for it."""
+    """Says a line of news to the person, when the loop has time for it."""
+    warn: Say
+    """Says a warning, likewise."""
 
 
 class Tracker(Protocol):
@@ -107,7 +114,7 @@ class Wandb:
     def __init__(self, opening: Opening) -> None:
         import wandb
 
-        self._wandb, self._samples = wandb, list[tuple[int, str, str]]()
+        self._wandb, self._warn, self._samples = wandb, opening.warn, list[tuple[int, str, str]]()
         note = opening.folder / "wandb" / "dtt.json"
         known = json.loads(note.read_text("utf-8")) if note.exists() else {}
         options: dict[str, Any] = {
@@ -117,15 +124,24 @@ class Wandb:
             "config": opening.config,
             "id": os.environ.get("WANDB_RUN_ID") or known.get("id") or secrets.token_hex(4),
             "resume": "allow",
-            "settings": wandb.Settings(
-                init_timeout=WANDB_INIT_SECONDS, console="off", silent=True, quiet=True
-            ),
+            "settings": self._settings(),
         }
         storage.make_folder(note.parent)
         storage.write_atomic(note, json.dumps({"id": options["id"]}).encode())
         self._run = self._begin(opening, options)
         if not self._run.offline:
             opening.say(f"W&B: {self._run.url}")
+
+    def _settings(self) -> Any:
+        """Return what the client is told: how long it may wait, and to be silent."""
+        limits = {
+            "init_timeout": WANDB_INIT_SECONDS,
+            "finish_timeout": WANDB_FINISH_SECONDS,
+            "finish_timeout_raises": True,
+        }
+        known = self._wandb.Settings.model_fields  # older clients do not have all of these
+        limits = {name: limit for name, limit in limits.items() if name in known}
+        return self._wandb.Settings(console="off", silent=True, quiet=True, **limits)
 
     def _begin(self, opening: Opening, options: dict[str, Any]) -> Any:
         """Begin the run where its figures can be sent, or else on this disk."""
@@ -136,16 +152,17 @@ class Wandb:
         try:
             if wandb.login(prompt=False):
                 return wandb.init(**options)
-            opening.say(f"W&B has no key here (WANDB_API_KEY, or `wandb login`): {later}")
+            opening.warn(f"W&B has no key here (WANDB_API_KEY, or `wandb login`): {later}")
         except wandb.Error as error:
-            opening.say(f"W&B is not reachable ({' '.join(str(error).split())[:200]}): {later}")
+            opening.warn(f"W&B is not reachable ({' '.join(str(error).split())[:200]}): {later}")
         return wandb.init(**options, mode="offline")
 
     def log(self, step: int, figures: Figures) -> None:
         self._run.log({k: v for k, v in figures.items() if v is not None}, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._samples.append((step, name, text))
+        # Each table of a step replaces the one before; the last has all samples of the step.
+        self._samples = [row for row in self._samples if row[0] == step] + [(step, name, text)]
         table = self._wandb.Table(columns=["step", "name", "text"], data=self._samples)
         self._run.log({"samples": table}, step=step)
 
@@ -153,12 +170,22 @@ class Wandb:
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        folder = Path(self._run.dir).parent
+        try:
+            self._run.finish()
+        except TimeoutError:
+            self._warn(
+                f"W&B did not take all figures in {WANDB_FINISH_SECONDS:.0f} s: "
+                f"`wandb sync {folder}` sends the rest"
+            )
 
 
 class Mlflow:
     """An MLflow run, in RUN/mlflow or where MLFLOW_TRACKING_URI says, which a resumed run goes on
-    with; its id is in RUN/mlflow.json."""
+    with; its id is in RUN/mlflow.json.
+
+    MLflow keeps all that it gets: it has the steps that a resumed run does again twice.
+    """
 
     def __init__(self, opening: Opening) -> None:
         from mlflow.tracking import MlflowClient
@@ -181,9 +208,13 @@ class Mlflow:
         self._client.log_text(self._id, opening.yaml, "config.yaml")
 
     def log(self, step: int, figures: Figures) -> None:
-        for name, value in figures.items():
-            if value is not None:
-                self._client.log_metric(self._id, name, value, step=step)
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        known = [
+            Metric(name, value, now, step) for name, value in figures.items() if value is not None
+        ]
+        self._client.log_batch(self._id, metrics=known)  # one request
 
     def text(self, step: int, name: str, text: str) -> None:
         safe = re.sub(r"[^\w.-]+", "-", name)
@@ -212,7 +243,7 @@ def wanted(settings: Logging) -> list[str]:
 def find_tracker(name: str) -> Callable[[Opening], Tracker]:
     """Return what makes a tracker; ConfigError for one that is not known or not installed."""
     if name in TRACKERS:
-        if find_spec(name) is None:
+        if not is_installed(name):
             raise ConfigError(
                 f"logging: {name} is wanted, but the package {name} is missing",
                 f"pip install 'dtt[{name}]', or leave it off",

@@ -76,7 +76,8 @@ def parallelize(
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # without a backward pass it may keep what it gathered
-    if layout.is_plain and layout.replicate > 1:
+    by_us = config.training.engine == "dtt"  # Lightning replicates by itself
+    if layout.is_plain and layout.replicate > 1 and by_us:
         found.called = _replicated(objective)
     if layout.pipeline > 1:
         found.pipeline = _pipeline(found, config, rows // forwards, forwards)

@@ -119,9 +119,11 @@ class ParallelModel:
         return replace(part, owned=part.owned and self.mesh.is_first("shard"))
 
     @cached_property
-    def _owned(self) -> list[str]:
-        """Names of the parameters of which this rank's elements are its to count."""
-        return [n for n, p in self.named_parameters().items() if self.part(n, p).owned]
+    def owned(self) -> list[str]:
+        """Names of the parameters of which this rank's elements are its to count, so that ranks
+        that divide a model count each once; all of them where it has the model whole."""
+        named = self.named_parameters().items()
+        return [n for n, p in named if self.is_whole or self.part(n, p).owned]
 
     def shares(self) -> dict[str, tuple[Shares, ...]]:
         """Return by name how ranks divide a matrix, the last division first."""
@@ -210,9 +212,12 @@ class ParallelModel:
             stage.train(on)
 
     def gradient_norm(self) -> Tensor:
-        """Return the norm of the whole gradient, every element of it counted once."""
+        """Return the norm of the whole gradient, every element of it counted once.
+
+        For a model that ranks divide, and all of them must call it.
+        """
         named = self.named_parameters()
-        mine = [local(named[n].grad) for n in self._owned if named[n].grad is not None]
+        mine = [local(named[n].grad) for n in self.owned if named[n].grad is not None]
         norms = torch.stack(torch._foreach_norm(mine)) if mine else torch.zeros(1)
         total = norms.square().sum().to(self.mesh.runtime.device)
         self.mesh.runtime.sum(total)

@@ -23,7 +23,8 @@ def knows_waits(model: ParallelModel) -> bool:
     """Whether the time in which this rank waits for others can be told from its own work."""
     layout = model.layout
     divided = layout.tensor * layout.context * layout.pipeline * layout.expert
-    return layout.ranks > 1 and divided == 1 and model.mesh.runtime.device.type == "cpu"
+    ours = not layout.is_plain or isinstance(model.called, DistributedDataParallel)
+    return layout.ranks > 1 and divided == 1 and ours and model.mesh.runtime.device.type == "cpu"
 
 
 def reducer_waits(model: ParallelModel) -> Callable[[], float] | None:

@@ -1,11 +1,12 @@
-"""How a global batch is divided among ranks and forwards."""
+"""How a global batch is divided among ranks and forwards (no torch here)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtt.config.schema import Training
+from dtt.config.schema import Config, Training
 from dtt.errors import ConfigError
+from dtt.parallel.layout import resolve
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def divide(training: Training, ranks: int, pipeline: int = 1) -> Division:
             f"leave out accumulation (it would be {derived}) or micro_batch_size",
         )
     return Division(micro, derived)
+
+
+def require_layout(config: Config, ranks: int) -> None:
+    """Raise ConfigError, with the arithmetic, if so many ranks cannot share the run's work."""
+    layout = resolve(config.parallel, config.model, ranks)
+    divide(config.training, layout.data, layout.pipeline)
 
 
 def _nearest(batch: int, unit: int) -> str:

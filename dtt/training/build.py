@@ -22,7 +22,6 @@ from dtt.parallel.layout import Layout
 from dtt.parallel.model import Reader
 from dtt.parallel.part import Part
 from dtt.training.batching import divide
-from dtt.training.saved import Saved
 from dtt.training.step import Stepper
 
 
@@ -92,20 +91,6 @@ class NamedReader(Reader, Protocol):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the whole tensors by name."""
-
-
-@dataclass(frozen=True)
-class SavedGroup:
-    """The tensors of one group of a checkpoint."""
-
-    saved: Saved
-    group: str
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.saved.shapes(self.group)
-
-    def read(self, name: str, part: Part) -> torch.Tensor:
-        return self.saved.part(self.group, name, part)
 
 
 def load_optimizer(stepper: Stepper, state: NamedReader) -> None:

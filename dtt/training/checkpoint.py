@@ -22,28 +22,23 @@ from blake3 import blake3
 from torch import Tensor
 
 from dtt import storage
-from dtt.errors import DttError, StorageError
+from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.parallel.part import Part
+from dtt.runs import MANIFEST, STEP, scan
 from dtt.storage import Written, failpoint
 from dtt.training.ranks import collect, contribute, write_parts
 from dtt.training.saved import (
+    FALLING_BACK,
     FORMAT,
-    MANIFEST,
     STATE,
-    STEP,
     Saved,
     best_loss,
-    find_run,
     newest,
-    open_checkpoint,
     read,
-    scan,
     seal,
 )
 from dtt.training.snapshot import Group, Staging, digest_of, untie
 from dtt.version import __version__
-
-__all__ = ["Checkpoints", "Saved", "find_run", "open_checkpoint"]
 
 LEFTOVER = regex(r"step-\d{8,}\.\w+\.tmp|\.(last|best)\.\w+\.tmp|\.trash-.+")
 """Names that only a save cut short leaves behind."""
@@ -89,6 +84,7 @@ class Checkpoints:
         self._warn = warn
         self._staging = Staging()
         self._whole: dict[str, object] = {}  # what this process wrote or verified, and its stamp
+        self._damaged: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self._reserving: threading.Thread | None = None
         self._job: _Job | None = None  # under way, or its outcome not yet reported
@@ -100,16 +96,31 @@ class Checkpoints:
         self.longest: float | None = None
         """Seconds that the longest save took until its checkpoint was complete."""
 
-    def newest(self) -> Saved | None:
+    def newest(self, *, hashed: bool = True) -> Saved | None:
         """Return the newest whole checkpoint, with a warning for each newer damaged one.
 
-        None if there is none; CheckpointError if there are some and all are damaged.
+        Without `hashed` its tensors are to be proved by the caller, who tells what came of it
+        (`judge`). None if there is none; CheckpointError if there are some and all are damaged.
         """
         self._settle()
-        saved = newest(self._folder, self._warn)
-        if saved is not None:
-            self._whole[saved.path.name] = _stamp(saved.path)
+        saved = newest(self._folder, self._warn, self._damaged, hashed=hashed)
+        if saved is not None and hashed:
+            self.judge(saved, None)
         return saved
+
+    def judge(self, saved: Saved, damaged: str | None) -> None:
+        """Take note that a checkpoint is whole, or of what is damaged: `newest` leaves it out.
+
+        Raises CheckpointError for a damaged one of another run, which was asked for by name.
+        """
+        is_own = saved.path.parent == self._folder
+        if damaged is None and is_own:
+            self._whole[saved.path.name] = _stamp(saved.path)
+        elif damaged is not None and is_own:
+            self._damaged[saved.path.name] = damaged
+            self._warn(f"{damaged}; {FALLING_BACK}")
+        elif damaged is not None:
+            raise CheckpointError(damaged, "choose another checkpoint of that run")
 
     def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Allocate the memory for copies of `tensors` meanwhile, so that the first save is quick.

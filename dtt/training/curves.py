@@ -130,11 +130,7 @@ def draw_curves(curves: Sequence[Curve], metric: str, axis: str, path: Path, *, 
         axes.plot(curve.x, y, color=colour, linewidth=1.6, label=curve.name, marker=marker,
                   markersize=3)  # fmt: skip
     axes.set(xlabel=AXES[axis], ylabel=UNITS.get(metric, metric))
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
-    else:
+    if not log:
         if metric in FROM_ZERO:
             axes.set_ylim(bottom=0)
         if metric == "mfu":
@@ -143,11 +139,20 @@ def draw_curves(curves: Sequence[Curve], metric: str, axis: str, path: Path, *, 
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    dress(axes, log=log)
+    figure.savefig(path)
+
+
+def dress(axes: Any, *, log: bool) -> None:
+    """Give axes the grid, legend and layout of all pictures here, and with `log` its scale."""
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+    axes.figure.tight_layout()
 
 
 def plot_command(

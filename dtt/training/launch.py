@@ -23,10 +23,10 @@ from dtt.errors import (
     RankError,
 )
 from dtt.huggingface.origin import with_origin
-from dtt.parallel.layout import resolve
 from dtt.reporting import report_error
-from dtt.training.batching import divide
-from dtt.training.loop import closing_lines, fit
+from dtt.training.batching import require_layout
+from dtt.training.engine import fit
+from dtt.training.loop import closing_lines
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import exit_on_preemption
 from dtt.training.run import open_run
@@ -78,12 +78,6 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
         trained = Trained(run.folder, run.state.step, run.is_complete(), run.state.best_loss)
     runtime.close()
     return trained
-
-
-def require_layout(config: Config, ranks: int) -> None:
-    """Raise ConfigError, with the arithmetic, if so many ranks cannot share the run's work."""
-    layout = resolve(config.parallel, config.model, ranks)
-    divide(config.training, layout.data, layout.pipeline)
 
 
 def train_rank(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -15,11 +16,13 @@ from dtt.config.schema import Config
 from dtt.config.yaml_text import parse_yaml
 from dtt.dist import choose_device
 from dtt.errors import CheckpointError, ConfigError
+from dtt.metrics.loggers import metrics_table
 from dtt.model.kinds import empty_model
 from dtt.model.language_model import LanguageModel
 from dtt.precision import choose_precision
+from dtt.runs import find_run
 from dtt.tokenizer import Tokenizer, fingerprint, named_end, parse_tokenizer
-from dtt.training.saved import Saved, find_run, open_checkpoint
+from dtt.training.saved import Saved, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,18 @@ class LoadedRun:
     """Name of the prepared data that it was trained on."""
     model: LanguageModel
     """In evaluation mode."""
+
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """The run's figures so far as columns, one row for each step: step, loss, lr, val_loss, ...
+
+        What was not measured after a step is None there. `pandas.DataFrame(run.metrics)` is a
+        table of them. Read anew each time, so that one can look on while it trains.
+        """
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", "its checkpoints work without it")
+        return metrics_table(path)
 
 
 def load_run(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 from torch.nn.utils import get_total_norm
@@ -14,18 +14,22 @@ from torch.nn.utils import get_total_norm
 from dtt.config.schema import Config
 from dtt.dist import local
 from dtt.errors import NumericError
-from dtt.evaluation import CutShort, evaluate
+from dtt.evaluation import CutShort, Evaluation, evaluate
 from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.metrics.progress import Progress, read_progress
 from dtt.optim.schedule import learning_rate
 from dtt.parallel.waiting import waits_counted
+from dtt.training.memory import Phase, memory_explained
 from dtt.training.norms import log_norms
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
 
 CALM = "lower optimizer.lr or lengthen schedule.warmup_steps, and go on from the last checkpoint"
+
+Asked = Callable[[], bool]
+"""Tells whether this rank was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Readings:
         self.last: dict[str, float] = {}
         self.stop = False
         """Whether some rank was asked to stop."""
+        self.validation: tuple[int, Evaluation] | None = None
+        """The newest validation, and the step that it was after."""
 
     def add(self, step: int, tokens: int, factor: float, result: StepResult) -> None:
         self._waiting.append((step, tokens, factor, result))
@@ -113,59 +119,84 @@ def fit(run: Run) -> TrainState:
     """
     state, due = run.state, Due(run.config, run.steps, run.loader.steps_per_epoch)
     batches, readings = run.loader.iter_from(state.step), Readings(run)
-    first = state.step + 1
     waits = waits_counted(run.stepper.model, run.meter)
     with Preemption() as preemption, run.reporter.bar(state.step), closing(batches), waits:
+        asked = preemption.asked
         if state.owes_validation:
-            _milestones(run, readings, due, preemption)
+            milestones(run, due, readings, asked)
         while state.step < run.steps and not readings.stop:
             with run.meter.part("data"):
                 batch = next(batches)
             with run.meter.part("compute"):
-                result = run.stepper.step(batch, state.step, preemption.asked)
+                result = run.stepper.step(batch, state.step, asked)
             factor = learning_rate(run.config.schedule, state.step, run.steps)
-            tokens = state.tokens + result.tokens
-            readings.add(state.step + 1, tokens, factor, result)  # raises before a bad update
-            if due.norms(state.step + 1):
-                log_norms(run, state.step + 1, result.grad_norm)
+            check_step(run, due, readings, factor, result)  # raises before a bad update
             with run.meter.part("optimizer"):
                 run.stepper.update(factor)
-            state.step, state.tokens = state.step + 1, tokens
-            run.meter.add(result.tokens)
-            if state.step == first:
-                run.reserve()  # the optimizer has its state from now on
-            run.reporter.advance(state.step, readings.last.get("loss"))
-            if run.profiler is not None:
-                with run.meter.part("logging"):
-                    run.profiler.step()
-            if due.log(state.step):
-                _log(run, readings)
-            _milestones(run, readings, due, preemption)
-        if run.profiler is not None:
-            run.profiler.close()
-        with run.meter.part("saving"):  # a second signal must not end what the first asked for
-            run.checkpoints.finish()
-    run.report_rest()
-    _note_progress(run)
+            count_step(run, due, readings, result.tokens, asked)
+        end(run)  # a second signal must not end what the first asked for
     return state
 
 
-def _milestones(run: Run, readings: Readings, due: Due, preemption: Preemption) -> None:
+def check_step(run: Run, due: Due, readings: Readings, factor: float, result: StepResult) -> None:
+    """Take the figures of a step whose update, with this factor of the learning rate, comes next.
+
+    NumericError if the loss or the gradient is not finite; on an accelerator that is found out a
+    step later, before anything is saved.
+    """
+    step, tokens = run.state.step + 1, run.state.tokens + result.tokens
+    readings.add(step, tokens, factor, result)
+    if due.norms(step):
+        log_norms(run, step, result.grad_norm)
+
+
+def count_step(run: Run, due: Due, readings: Readings, tokens: int, asked: Asked) -> None:
+    """Count a step of so many target tokens whose update is done, and do what is due after it."""
+    state = run.state
+    state.step, state.tokens = state.step + 1, state.tokens + tokens
+    run.meter.add(tokens)
+    if state.step == run.begun_at + 1:
+        run.reserve()  # the optimizer has its state from now on
+    run.reporter.advance(state.step, readings.last.get("loss"))
+    if run.profiler is not None:
+        with run.meter.part("logging"):
+            run.profiler.step()
+    if due.log(state.step):
+        _log(run, readings)
+    milestones(run, due, readings, asked)
+
+
+def milestones(run: Run, due: Due, readings: Readings, asked: Asked) -> None:
     """Validate, let the model write, and save: what is due after the last step.
 
     A signal cuts the first two short; the validation is then owed by whoever goes on, so that a run
     with stops has the same checkpoints as one without.
     """
     step, owed = run.state.step, run.state.owes_validation
-    best = _validate(run, readings, preemption) if due.evaluate(step) else None
+    best = validate(run, readings, asked) if due.evaluate(step) else None
     if due.sample(step) and not readings.stop:
-        _sample(run, preemption)
+        _sample(run, asked)
     run.checkpoints.poll()
     if due.checkpoint(step) or best is not None or readings.stop or owed:
-        readings.drain()
-        with run.meter.part("saving"):
-            _refuse_bad_weights(run)
-            run.save(best)
+        save(run, readings, best)
+
+
+def save(run: Run, readings: Readings, best: float | None = None) -> None:
+    """Save the state, with the validation loss if it is the lowest so far."""
+    readings.drain()
+    with run.meter.part("saving"):
+        _refuse_bad_weights(run)
+        run.save(best)
+
+
+def end(run: Run) -> None:
+    """End what goes on beside the steps; StorageError if the last save failed."""
+    if run.profiler is not None:
+        run.profiler.close()
+    with run.meter.part("saving"):
+        run.checkpoints.finish()
+    run.report_rest()
+    _note_progress(run)
 
 
 def _refuse_bad_weights(run: Run) -> None:
@@ -188,8 +219,8 @@ def _note_progress(run: Run) -> None:
     figures = run.meter.last
     if not run.runtime.is_main or not figures:
         return
-    old, saved = read_progress(run.folder), run.checkpoints.longest
-    if saved is None and old is not None:
+    saved = run.checkpoints.longest
+    if saved is None and (old := read_progress(run.folder)) is not None:
         saved = old.save_seconds
     Progress(
         run.state.step,
@@ -201,26 +232,34 @@ def _note_progress(run: Run) -> None:
     ).write(run.folder)
 
 
-def _validate(run: Run, readings: Readings, preemption: Preemption) -> float | None:
+@contextmanager
+def _beside(run: Run, what: Phase) -> Iterator[None]:
+    """Measure the time of what is no training, and explain a lack of memory for it."""
+    with run.meter.part(what), memory_explained(run.config, run.runtime, run.folder, what):
+        yield
+
+
+def validate(run: Run, readings: Readings, asked: Asked) -> float | None:
     """Measure the validation loss; return it if it is the lowest so far."""
     readings.drain()
     settings, state = run.config.evaluation, run.state
     state.owes_validation = False
     try:
-        with run.meter.part("evaluating"):
+        with _beside(run, "evaluating"):
             result, parts = evaluate(
                 run.stepper.model,
                 run.corpora,
                 "val",
                 batch_size=settings.batch_size or run.stepper.division.micro_batch_size,
                 max_tokens=settings.max_tokens,
-                stop=preemption.asked,
+                stop=asked,
             )
     except CutShort:
         state.owes_validation = readings.stop = True
         return None
     if not math.isfinite(result.loss):
         raise NumericError(f"step {state.step}: the validation loss is {result.loss}", CALM)
+    readings.validation = state.step, result
     improved = state.best_loss is None or result.loss < state.best_loss
     if improved:
         state.best_loss = result.loss
@@ -236,12 +275,12 @@ def _validate(run: Run, readings: Readings, preemption: Preemption) -> float | N
     return result.loss if improved else None
 
 
-def _sample(run: Run, preemption: Preemption) -> None:
+def _sample(run: Run, asked: Asked) -> None:
     """Let the model write, on the main rank; the others go on and wait at the next step."""
     model = run.stepper.model
 
     def look(*progress: object) -> None:
-        if preemption.asked():
+        if asked():
             raise CutShort
 
     if not model.is_whole:
@@ -252,7 +291,7 @@ def _sample(run: Run, preemption: Preemption) -> None:
     settings = run.config.sample
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     try:
-        with run.meter.part("sampling"):
+        with _beside(run, "sampling"):
             texts = sample_texts(
                 model.stages[0].model,
                 run.corpora.tokenizer,

@@ -24,7 +24,8 @@ def log_norms(run: Run, step: int, grad_norm: Tensor) -> None:
         clip = run.config.training.grad_clip
         if clip is not None:  # undo what clipping did
             found[0] /= (clip / (grad_norm.to(found.device) + 1e-6)).clamp(max=1.0)
-        gradients, weights = found.tolist()
+        with run.meter.part("device"):
+            gradients, weights = found.tolist()
         figures = {f"weight_grad_norm/{name}": v for name, v in zip(layers, gradients, strict=True)}
         figures |= {f"weight_norm/{name}": v for name, v in zip(layers, weights, strict=True)}
         if run.metrics is not None:
@@ -44,11 +45,8 @@ def layer_norms(model: ParallelModel, layers: list[str], runtime: Runtime) -> Te
     """
     places = {name: index for index, name in enumerate(layers)}
     squares = torch.zeros(2, len(layers), device=runtime.device)
-    owned = [
-        (places[name.rpartition(".")[0]], parameter)
-        for name, parameter in model.named_parameters().items()
-        if model.is_whole or model.part(name, parameter).owned
-    ]
+    named = model.named_parameters()
+    owned = [(places[name.rpartition(".")[0]], named[name]) for name in model.owned]
     for row, tensors in enumerate(
         (
             [(place, p.grad) for place, p in owned if p.grad is not None],

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dtt.metrics.loggers import read_metrics
-from dtt.training.curves import smooth
+from dtt.training.curves import AXES, UNITS, dress, smooth
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -34,15 +34,8 @@ def draw_loss(folder: Path, warn: Callable[[str], None]) -> Path | None:
         row = measured[-1]
         floor = row["val_loss"] * row["val_floor"] / row["val_bits_per_byte"]
         axes.axhline(floor, color="#4f8a4f", linestyle="--", linewidth=1, label="best possible")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=folder.name)
-    if losses and min(losses) > 0 and max(losses) / min(losses) > 4:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.2g}")
-        axes.yaxis.set_minor_formatter("{x:.2g}")
-    axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    axes.set(xlabel=AXES["step"], ylabel=UNITS["loss"], title=folder.name)
+    dress(axes, log=bool(losses) and min(losses) > 0 and max(losses) / min(losses) > 4)
     path = folder / "loss.png"
     figure.savefig(path)
     return path

@@ -14,7 +14,6 @@ from dtt.training.saved import Saved
 
 IDENTITY = (
     "seed",
-    "init_from",
     "model",
     "tokenizer",
     "data",

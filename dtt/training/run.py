@@ -26,10 +26,9 @@ from dtt.metrics.flops import TokenFlops, flops_of, training_flops
 from dtt.metrics.loggers import MetricsFile, Reporter, trim_lines
 from dtt.metrics.meter import Cost, Meter
 from dtt.metrics.peak import find_peak
-from dtt.metrics.resources import Resources, require_resources, watch_machine
+from dtt.metrics.resources import require_resources, watch_machine
 from dtt.metrics.trackers import (
     Opening,
-    Tracker,
     find_tracker,
     wanted,
     without_passwords,
@@ -43,9 +42,10 @@ from dtt.parallel.model import ParallelModel, Reader
 from dtt.parallel.waiting import knows_waits, reducer_waits
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
-from dtt.training.batching import divide
-from dtt.training.build import SavedGroup, build_model, build_stepper, load_optimizer
+from dtt.training.batching import require_layout
+from dtt.training.build import build_model, build_stepper, load_optimizer
 from dtt.training.checkpoint import Checkpoints
+from dtt.training.engine import refuse_for_engine, require_engine
 from dtt.training.folder import (
     refuse_foreign_folder,
     remove_old_run,
@@ -53,8 +53,9 @@ from dtt.training.folder import (
     write_run_files,
 )
 from dtt.training.load import check_weights, saved_config
-from dtt.training.memory import memory_explained
+from dtt.training.memory import memory_explained, remember_allocations
 from dtt.training.profile import StepProfiler
+from dtt.training.proof import Proof, build_whole
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
@@ -73,30 +74,35 @@ def open_run(config: Config, runtime: Runtime, resume: str | None, fresh: bool) 
     """
     folder = run_folder(config)
     reporter = Reporter(None, config.logging.level)
+    remember_allocations(config, runtime)
     if not runtime.is_main:
-        with memory_explained(config, runtime, folder):
-            yield _build(config, runtime, folder, reporter, resume, fresh)
+        with memory_explained(config, runtime, folder, "building"):
+            run = _build(config, runtime, folder, reporter, resume, fresh)
+        with memory_explained(config, runtime, folder, "training"):
+            yield run
         return
-    layout = resolve(config.parallel, config.model, runtime.ranks)
-    divide(config.training, layout.data, layout.pipeline)  # refuse before anything is touched
+    require_layout(config, runtime.ranks)  # refuse before anything is touched
     is_new = not folder.exists()
     with storage.RunLock(folder):
         reporter = Reporter(folder, config.logging.level)
-        run = None
+        opened: Run | None = None
+        failed = True
         try:
             refuse_foreign_folder(folder)
-            with memory_explained(config, runtime, folder):
-                run = _build(config, runtime, folder, reporter, resume, fresh)
-                yield run
+            with memory_explained(config, runtime, folder, "building"):
+                opened = _build(config, runtime, folder, reporter, resume, fresh)
+            with memory_explained(config, runtime, folder, "training"):
+                yield opened
+            failed = False
         except Exception as error:
             reporter.trace(traceback.format_exc())
             is_new &= isinstance(error, DttError)  # anything else has left its trace there
             raise
         finally:
-            if run is not None:
-                run.close()
+            if opened is not None:
+                opened.close(failed=failed)
             reporter.close()
-            if is_new and run is None:
+            if is_new and opened is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -119,7 +125,6 @@ def _build(
     )
     corpora = _share_corpora(config, runtime, reporter)
     config = _resolve_vocabulary(config, corpora.tokenizer)
-    saved = _share_checkpoint(config, runtime, corpora, checkpoints, resume, fresh, reporter)
     layout = resolve(config.parallel, config.model, runtime.ranks)
     loader = _loader(config, corpora, runtime, layout)
     steps = _steps(config, loader)
@@ -129,10 +134,14 @@ def _build(
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
     names = [name for name, _ in model.named_parameters()]
-    weights = _weights(config, model, runtime, saved, reporter)
-    stepper = build_stepper(model, layout, config, runtime, dtype, weights)
-    _refuse_documents(model, loader)
-    state = _restore(saved, stepper)
+    choose = partial(
+        _share_checkpoint, config, runtime, corpora, checkpoints, resume, fresh, reporter
+    )
+    build = partial(_from_checkpoint, config, layout, dtype, runtime, reporter)
+    stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
+    _refuse_documents(stepper.model.stages[0].model, loader)
+    is_over = state.is_complete(steps) and config.training.engine == "dtt"  # a Trainer may go back
+    shows, left = runtime.is_main and not is_over, steps - state.step
     if runtime.is_main:
         reporter.total(steps)
     run = Run(
@@ -149,10 +158,10 @@ def _build(
         checkpoints=checkpoints,
         reporter=reporter,
         metrics=_metrics(config, corpora, runtime, folder, state.step, fresh),
-        trackers=_trackers(config, runtime, folder, reporter, state.step),
-        profiler=_profiler(config, runtime, folder, reporter),
-        meter=_meter(config, stepper.model, dtype, steps),
-        resources=_resources(config, runtime),
+        trackers=_trackers(config, folder, reporter, state.step) if shows else [],
+        profiler=_profiler(config, runtime, folder, reporter, left) if shows else None,
+        meter=_meter(config, stepper.model, dtype, steps, shows),
+        resources=watch_machine() if shows and config.logging.resources else None,
         begun_at=state.step,
         again="the same command" + " without --fresh" * fresh,
     )
@@ -165,13 +174,28 @@ def _refuse_documents(model: LanguageModel, loader: Loader) -> None:
         raise model.cannot_isolate()
 
 
+def _from_checkpoint(
+    config: Config,
+    layout: Layout,
+    dtype: torch.dtype,
+    runtime: Runtime,
+    reporter: Reporter,
+    proof: Proof | None,
+) -> tuple[Stepper, TrainState]:
+    model = build_model(config, dtype)
+    weights = _weights(config, model, runtime, proof, reporter)
+    stepper = build_stepper(model, layout, config, runtime, dtype, weights)
+    return stepper, _restore(proof, stepper)
+
+
 def _weights(
-    config: Config, model: LanguageModel, runtime: Runtime, saved: Saved | None, reporter: Reporter
+    config: Config, model: LanguageModel, runtime: Runtime, proof: Proof | None, reporter: Reporter
 ) -> Reader | None:
     """Return the checkpoint's weights, else those of init_from; None: the run makes its own."""
-    if saved is not None:
-        check_weights(model, saved.shapes("model"), saved.path)
-        return SavedGroup(saved, "model")
+    if proof is not None:
+        found = proof.group("model")
+        check_weights(model, found.shapes(), proof.saved.path)
+        return found
     if config.init_from is not None:
         return initial_weights(config, model, runtime, reporter.info)
     return None
@@ -209,6 +233,7 @@ def _refuse_settings(
         )
     if not layout.is_plain and dtype == torch.float16:
         raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
+    refuse_for_engine(training, layout, dtype)
     if config.training.fp8:
         refuse_without_fp8(device)
     if config.parallel.offload and config.optimizer.name == "muon" and device.type != "cpu":
@@ -238,33 +263,35 @@ def _require_packages(config: Config) -> None:
         find_tracker(name)
     if config.logging.resources:
         require_resources()
+    require_engine(config.training)
 
 
-def _trackers(
-    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, step: int
-) -> list[Tracker]:
-    """Open what shows curves on the main rank, each in a thread of its own."""
-    if not runtime.is_main:
-        return []
+def _trackers(config: Config, folder: Path, reporter: Reporter, step: int) -> list[Background]:
+    """Open what shows curves, each in a thread of its own."""
     shown = without_passwords(config.model_dump(mode="json"))
     text = without_passwords(to_yaml(config))
 
-    def opened(name: str) -> Tracker:
+    def opened(name: str) -> Background:
         make = find_tracker(name)
         return Background(
-            name, lambda say: make(Opening(folder, shown, text, step, say)), reporter.warning
+            name,
+            lambda say, warn: make(Opening(folder, shown, text, step, say, warn)),
+            info=reporter.info,
+            warn=reporter.warning,
         )
 
     return [opened(name) for name in wanted(config.logging)]
 
 
-def _meter(config: Config, model: ParallelModel, dtype: torch.dtype, steps: int) -> Meter:
-    """Return the meter; the rank that speaks knows the peak of its device, which all have."""
+def _meter(
+    config: Config, model: ParallelModel, dtype: torch.dtype, steps: int, shows: bool
+) -> Meter:
+    """Return the meter; one that shows figures knows the peak of the device, which all have."""
     runtime = model.mesh.runtime
     waits = knows_waits(model) if runtime.ranks > 1 else None
     event = partial(torch.cuda.Event, enable_timing=True) if runtime.device.type == "cuda" else None
     cost = None
-    if runtime.is_main:
+    if shows:
         flops = _flops(config, model).total
         cost = Cost(flops, find_peak(runtime.device, dtype), runtime.ranks)
     return Meter(steps, cost, event=event, exchanged=reducer_waits(model), waits=waits)
@@ -277,16 +304,13 @@ def _flops(config: Config, model: ParallelModel) -> TokenFlops:
     return flops_of(*sizes, config.model.layers, config.model.context)
 
 
-def _resources(config: Config, runtime: Runtime) -> Resources | None:
-    return watch_machine() if config.logging.resources and runtime.is_main else None
-
-
 def _profiler(
-    config: Config, runtime: Runtime, folder: Path, reporter: Reporter
+    config: Config, runtime: Runtime, folder: Path, reporter: Reporter, most: int
 ) -> StepProfiler | None:
-    if not config.logging.profile or not runtime.is_main:
+    if not config.logging.profile:
         return None
-    return StepProfiler(folder, config.logging.profile_steps, reporter.info)
+    steps, cuda = config.logging.profile_steps, runtime.device.type == "cuda"
+    return StepProfiler(folder, steps, most, reporter.info, cuda=cuda)
 
 
 def _share_corpora(config: Config, runtime: Runtime, reporter: Reporter) -> Corpora:
@@ -326,14 +350,14 @@ def _share_checkpoint(
     fresh: bool,
     reporter: Reporter,
 ) -> Saved | None:
-    """Choose the checkpoint to continue from on the main rank, and open it on all."""
+    """Choose the checkpoint to continue from on the main rank, and open it on all, not proven."""
     chosen: list[Saved] = []
 
     def choose() -> str | None:
-        saved = None if fresh else checkpoints.newest()
+        saved = None if fresh else checkpoints.newest(hashed=False)
         own = saved is not None
         if saved is None and resume is not None:
-            saved = open_checkpoint(Path(resume), "last")
+            saved = open_checkpoint(Path(resume), "last", hashed=False)
             reporter.info(f"starting from {saved.path}")
         elif saved is not None:
             reporter.info(f"continuing {run_folder(config)} from step {saved.step}")
@@ -381,12 +405,12 @@ def _steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _restore(saved: Saved | None, stepper: Stepper) -> TrainState:
-    if saved is None:
+def _restore(proof: Proof | None, stepper: Stepper) -> TrainState:
+    if proof is None:
         return TrainState()
-    load_optimizer(stepper, SavedGroup(saved, "optimizer"))
-    if saved.state["scaler"]:
-        stepper.scaler.load_state_dict(saved.state["scaler"])
-    state = saved.state
+    load_optimizer(stepper, proof.group("optimizer"))
+    state = proof.saved.state
+    if state["scaler"]:
+        stepper.scaler.load_state_dict(state["scaler"])
     owes = state.get("owes_validation", False)  # older checkpoints do not say
     return TrainState(state["step"], state["best_loss"], state["tokens"], owes)

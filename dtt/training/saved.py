@@ -1,4 +1,4 @@
-"""Reading checkpoints: find a run, choose a checkpoint in it, and prove it whole before use.
+"""Reading checkpoints: choose one in a run, and prove it whole before use.
 
 RUN/checkpoints/step-00000400/ holds one safetensors file per tensor group (one per rank, where
 ranks divide the model), state.json, further files (config.yaml, the tokenizer) and manifest.json,
@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.machine import cores
 from dtt.parallel.part import Part
+from dtt.runs import MANIFEST, STEP, find_run, is_checkpoint, scan
 from dtt.storage import file_digest, storage_errors
 from dtt.training.snapshot import digest
 from dtt.training.stored import StoredTensors
@@ -35,12 +35,9 @@ from dtt.version import __version__
 
 FORMAT = 3
 """Version of the folder's layout; a reader refuses every other."""
-MANIFEST = "manifest.json"
 STATE = "state.json"
-STEP = re.compile(r"step-(\d{8,})(\.old)?")
-"""A committed checkpoint; `.old` is one that is being replaced by another of the same step."""
 LARGEST_JSON = 64 << 20
-PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+FALLING_BACK = "falling back to the checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,18 @@ class Saved:
         moved = {id(tensor): tensor.to(device) for tensor in tensors.values()}
         return {name: moved[id(tensor)] for name, tensor in tensors.items()}
 
+    @property
+    def tensor_files(self) -> list[str]:
+        """The names of the files of tensors that are open."""
+        entries = self.manifest["tensors"]
+        return [name for group in self._open for name in entries[group]["files"]]
+
+    def prove(self, name: str) -> None:
+        """Hash a file of tensors; CheckpointError if it is not the one that was saved."""
+        with _damage(self.path, name):
+            found = file_digest(_member(self.path, name), blake3)
+        _compare(self.path, name, self.manifest["files"][name], found)
+
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one group's whole tensors, without reading them."""
         found = self._open[group].shapes()
@@ -105,41 +114,35 @@ def seal(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({**rest, "seal": whole}, indent=2) + "\n").encode()
 
 
-def scan(folder: Path) -> list[Path]:
-    """Return the committed checkpoints in a `checkpoints` folder, newest step first, unverified."""
-    if not folder.is_dir():
-        return []
-    with storage_errors(folder, "read"):
-        names = {path.name: path for path in folder.iterdir() if not path.is_symlink()}
-    found = [(match, names[name]) for name in names if (match := STEP.fullmatch(name))]
-    # Of two with the same step, the one that replaces the other comes first.
-    found.sort(key=lambda item: (-int(item[0][1]), item[0][2] is not None))
-    return [path for _, path in found if path.is_dir()]
-
-
 def read(path: Path, groups: Collection[str] | None = None, *, hashed: bool = True) -> Saved:
     """Open the checkpoint folder `path`; every byte in it has been hashed when this returns.
 
     With `groups` only these tensors are opened and hashed, beside the small files; without `hashed`
-    tensors are not, because another rank has done it. Raises
-    CheckpointError if anything is missing, damaged, foreign or of another format version.
+    tensors are not, and the caller does it (`dtt.training.proof`). Raises CheckpointError if
+    anything is missing, damaged, foreign or of another format version.
     """
     manifest = read_manifest(path)
     try:
-        contents, opened = _contents(path, manifest, groups, hashed)
+        contents, opened = _contents(path, manifest, groups)
         state = json.loads(contents.pop(STATE))
+        saved = Saved(path, manifest["step"], state, contents, manifest, opened)
+        names = saved.tensor_files
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _damaged(path, MANIFEST, "does not describe a checkpoint") from error
-    return Saved(path, manifest["step"], state, contents, manifest, opened)
+    if hashed:
+        # More threads than cores, since they wait for the disk, too.
+        with ThreadPoolExecutor(min(len(names), 2 * cores()) or 1) as pool:
+            for _ in pool.map(saved.prove, names):
+                pass
+    return saved
 
 
 def _contents(
-    path: Path, manifest: dict[str, Any], wanted: Collection[str] | None, hashed: bool
+    path: Path, manifest: dict[str, Any], wanted: Collection[str] | None
 ) -> tuple[dict[str, bytes], dict[str, StoredTensors]]:
-    """Return the small files' bytes by name and the open tensor files by group, all verified."""
+    """Return the small files' bytes by name, verified, and the open tensor files by group."""
     contents: dict[str, bytes] = {}
     opened: dict[str, list[Any]] = {}
-    large: list[str] = []
     entries = manifest["tensors"].items()
     groups = {name: group for group, entry in entries for name in entry["files"]}
     for name, entry in manifest["files"].items():
@@ -152,15 +155,9 @@ def _contents(
                 raise _damaged(path, name, f"{size} bytes instead of {entry['size']}")
             if name in groups:  # opened before it is hashed, so that it cannot be swapped
                 opened.setdefault(groups[name], []).append(safe_open(file, framework="pt"))
-                large.append(name)
                 continue
             contents[name] = file.read_bytes()
         _compare(path, name, entry, blake3(contents[name]).hexdigest())
-    if hashed:
-        # More of them than cores, since they wait for the disk, too.
-        with ThreadPoolExecutor(min(len(large), 2 * cores()) or 1) as pool:
-            for name, found in zip(large, pool.map(lambda n: _hash(path, n), large), strict=True):
-                _compare(path, name, manifest["files"][name], found)
     return contents, {group: StoredTensors(files) for group, files in opened.items()}
 
 
@@ -172,11 +169,6 @@ def _damage(path: Path, name: str) -> Iterator[None]:
     # safe_open raises RuntimeError, too, for a file that is removed while it maps it.
     except (OSError, RuntimeError, SafetensorError, StorageError) as error:
         raise _damaged(path, name, str(error)) from error
-
-
-def _hash(path: Path, name: str) -> str:
-    with _damage(path, name):
-        return file_digest(_member(path, name), blake3)
 
 
 def _compare(path: Path, name: str, entry: dict[str, Any], found: str) -> None:
@@ -211,46 +203,59 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Saved | None:
+def newest(
+    folder: Path,
+    warn: Callable[[str], None],
+    damaged: Mapping[str, str],
+    *,
+    hashed: bool = True,
+) -> Saved | None:
     """Return the newest whole checkpoint in `folder`, with a warning for each newer damaged one.
 
-    None if there is no checkpoint. Raises CheckpointError if there are some and none is whole:
-    starting over is the user's decision.
+    Those of which the names are in `damaged`, and why, are known to be so. None if there is no
+    checkpoint. Raises CheckpointError if there are some and none is whole: starting over is the
+    user's decision.
     """
-    problem: DttError | None = None
+    problem: str | None = None
     for path in scan(folder):
-        try:
-            saved = read(path)
-        except DttError as error:
-            problem = error
-            warn(f"{error.what}; falling back to the checkpoint before it")
+        if path.name in damaged:
+            problem = damaged[path.name]
             continue
-        return saved
+        try:
+            return read(path, hashed=hashed)
+        except DttError as error:
+            problem = error.what
+            warn(f"{error.what}; {FALLING_BACK}")
     if problem is None:
         return None
     raise CheckpointError(
-        f"no checkpoint in {folder} is whole ({problem.what})", "restore one, or use --fresh"
+        f"no checkpoint in {folder} is whole ({problem})", "restore one, or use --fresh"
     )
 
 
 def open_checkpoint(
-    path: Path, which: str = "best", groups: Collection[str] | None = None
+    path: Path,
+    which: str = "best",
+    groups: Collection[str] | None = None,
+    *,
+    hashed: bool = True,
 ) -> Saved:
     """Open one checkpoint by name: `path` is a run (then `which` chooses) or a checkpoint folder.
 
     `which` is "last", a step, or "best": the lowest validation loss, or the last where none was
     measured; a path that ends in checkpoints/last or checkpoints/best chooses too. Nothing is
-    substituted: what was asked for (of `groups`, if given) is whole, or it is a CheckpointError.
+    substituted: what was asked for (of `groups`, if given) is whole, or it is a CheckpointError;
+    `hashed` as in `read`.
     """
     if path.name in ("last", "best") and path.parent.name == "checkpoints":
         path, which = path.parent.parent, path.name  # the pointer files that people see
-    if _is_checkpoint(path):
-        return read(path, groups)
+    if is_checkpoint(path):
+        return read(path, groups, hashed=hashed)
     folder = find_run(path) / "checkpoints"
     for _ in range(20):  # a run that is writing may remove or replace what was just chosen
         before = _listing(folder)
         try:
-            return read(_choose(folder, which), groups)
+            return read(_choose(folder, which), groups, hashed=hashed)
         except CheckpointError:
             if _listing(folder) == before:
                 raise
@@ -289,71 +294,6 @@ def best_loss(path: Path) -> float | None:
     """Return the validation loss of a checkpoint saved as the best so far, None for any other."""
     loss = read_manifest(path)["best_loss"]
     return None if loss is None else float(loss)
-
-
-def find_run(path: Path | None) -> Path:
-    """Return the run folder that `path` is or is inside of; None: the newest run in ./runs.
-
-    Raises CheckpointError, which says what is there instead.
-    """
-    if path is None:
-        found = [child for child in _children(Path("runs")) if _is_run(child)]
-        if not found:
-            raise CheckpointError("there is no run in ./runs", "name a run folder, or train one")
-        return max(found, key=_touched)
-    if path.is_file():
-        raise _not_a_folder(path)
-    if not path.exists():
-        elsewhere = Path("runs") / path
-        hint = f"did you mean {elsewhere}?" if _is_run(elsewhere) else _runs_in(path.parent)
-        raise CheckpointError(f"{path} does not exist", hint)
-    for folder in (path, *path.absolute().parents[:2]):
-        if _is_run(folder):
-            return folder
-    raise CheckpointError(f"{path} is not a run (no config.yaml, no checkpoints)", _runs_in(path))
-
-
-def _is_run(folder: Path) -> bool:
-    if _is_checkpoint(folder):  # it has a config.yaml of its own
-        return False
-    return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    named = STEP.fullmatch(folder.name) is not None and folder.is_dir()
-    return named or (folder / MANIFEST).is_file()  # a copy may have any name
-
-
-def _children(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    with storage_errors(folder, "read"):
-        return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-def _touched(run: Path) -> float:
-    parts = (run, run / "config.yaml", run / "checkpoints", run / "metrics.jsonl")
-    return max(path.stat().st_mtime for path in parts if path.exists())
-
-
-def _runs_in(folder: Path) -> str:
-    runs = [str(path) for path in _children(folder) if _is_run(path)]
-    return f"runs there: {', '.join(runs[:8])}" if runs else "name the folder that training wrote"
-
-
-def _not_a_folder(path: Path) -> CheckpointError:
-    with storage_errors(path, "read"), path.open("rb") as file:
-        start = file.read(2)
-    if path.suffix in PICKLES or start in (
-        b"PK",
-        b"\x80\x02",
-        b"\x80\x03",
-        b"\x80\x04",
-        b"\x80\x05",
-    ):
-        what = f"{path} is a pickle, which can run code when it is opened; dtt never opens one"
-        return CheckpointError(what, "name the folder of a run")
-    return CheckpointError(f"{path} is a file, not a run folder", "name the folder of a run")
 
 
 def _member(folder: Path, name: str) -> Path:

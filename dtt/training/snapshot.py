@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def write_tensors(path: Path, group: Group) -> tuple[Written, Rows]:
     sums: dict[str, int] = {}
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield _header(group, order)
+        kinds = [(name, group.tensors[name].dtype, group.tensors[name].shape) for name in order]
+        yield header(_about(group), kinds)
         for name in order:
             tensor = group.tensors[name].cpu().contiguous().reshape(-1)
             sums[name] = _bit_sum(tensor)
@@ -170,22 +172,21 @@ def _bit_sum(tensor: Tensor) -> int:
     return int(flat.view(INTEGERS[tensor.itemsize]).sum(dtype=np.int64))
 
 
-def _header(group: Group, order: list[str]) -> bytes:
-    about = {"format": "pt"}
-    if group.parts:
-        rows = {name: [part.shape, part.ranges] for name, part in group.parts.items()}
-        about[PARTS] = json.dumps(rows)
-    header: dict[str, object] = {"__metadata__": about}
+def _about(group: Group) -> dict[str, str]:
+    rows = {name: [part.shape, part.ranges] for name, part in group.parts.items()}
+    return {"format": "pt"} | ({PARTS: json.dumps(rows)} if rows else {})
+
+
+def header(
+    about: Mapping[str, str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
+) -> bytes:
+    """Return the beginning of a safetensors file: what it is `about`, and name, type and shape of
+    the tensors, whose values follow in this order without gaps."""
+    rows: dict[str, object] = {"__metadata__": dict(about)}
     end = 0
-    for name in order:
-        tensor = group.tensors[name]
-        start, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        rows[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(rows, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -17,11 +17,12 @@ from dtt.data.loader import Loader
 from dtt.data.packing import PackedWindows
 from dtt.dist import Runtime
 from dtt.errors import StorageError
+from dtt.metrics.background import HASTE, Background, close_all
 from dtt.metrics.loggers import MetricsFile, Reporter
 from dtt.metrics.meter import Cost, Meter, short_count, short_flops
 from dtt.metrics.peak import measure_again
 from dtt.metrics.resources import Resources
-from dtt.metrics.trackers import Tracker
+from dtt.metrics.trackers import PATIENCE
 from dtt.tokenizer import fingerprint
 from dtt.training.checkpoint import Checkpoints
 from dtt.training.profile import StepProfiler
@@ -40,6 +41,10 @@ class TrainState:
     """Targets that these steps had."""
     owes_validation: bool = False
     """Whether a signal cut the validation after the last step short; whoever goes on does it."""
+
+    def is_complete(self, steps: int) -> bool:
+        """Whether nothing is left to do in a run of so many steps."""
+        return self.step >= steps and not self.owes_validation
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Run:
     checkpoints: Checkpoints
     reporter: Reporter
     metrics: MetricsFile | None
-    trackers: list[Tracker]
+    trackers: list[Background]
     profiler: StepProfiler | None
     meter: Meter
     resources: Resources | None
@@ -74,7 +79,7 @@ class Run:
 
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
-        return self.state.step >= self.steps and not self.state.owes_validation
+        return self.state.is_complete(self.steps)
 
     def save(self, best_loss: float | None = None) -> None:
         """Save the state: on the rank that writes files, or where ranks divide the model on each
@@ -115,7 +120,7 @@ class Run:
         with self.meter.part("logging"):
             figures = self.meter.read(self.state.step)
             figures |= {} if self.resources is None else self.resources.read()
-            if figures.get("mfu", 0.0) > 1:
+            if figures.get("mfu", 0.0) > 1 and not self.config.training.fp8:
                 figures |= self._checked(figures.pop("mfu"))
             if self.metrics is not None:
                 self.metrics.write(step=self.state.step, **figures)
@@ -134,6 +139,8 @@ class Run:
 
         A peak that was measured while something else was at work is measured again.
         """
+        if self.mistrusted:
+            return {}
         cost = self.meter.cost
         assert cost is not None
         dtype = self.stepper.model.stages[0].model.compute_dtype
@@ -142,13 +149,12 @@ class Run:
         mfu *= cost.peak.flops / peak.flops
         if mfu <= 1:
             return {"mfu": mfu}
-        if not self.mistrusted:
-            self.mistrusted = True
-            self.reporter.warning(
-                f"the meter is wrong: an MFU of {mfu:.0%}, {short_flops(cost.flops)}FLOP a token "
-                f"against a {peak.source} peak of {short_flops(peak.flops)}FLOP/s on each of "
-                f"{cost.devices} devices; figures above 100% are left out"
-            )
+        self.mistrusted = True
+        self.reporter.warning(
+            f"the meter is wrong: an MFU of {mfu:.0%}, {short_flops(cost.flops)}FLOP a token "
+            f"against a {peak.source} peak of {short_flops(peak.flops)}FLOP/s on each of "
+            f"{cost.devices} devices; figures above 100% are left out"
+        )
         return {}
 
     def track(self, figures: Mapping[str, float | None], step: int | None = None) -> None:
@@ -162,16 +168,18 @@ class Run:
             if path is not None:
                 tracker.picture(self.state.step, path.stem, path)
 
-    def close(self) -> None:
-        """Close what the run has open, after the save under way if there is one."""
+    def close(self, *, failed: bool) -> None:
+        """Close what the run has open, after the save under way if there is one.
+
+        A run that `failed` has other ranks to tell, and gives trackers less time.
+        """
         with suppress(StorageError):  # said already, or less than the error that ends the run
             self.checkpoints.finish()
         if self.metrics is not None:
             self.metrics.close()
         if self.resources is not None:
             self.resources.close()
-        for tracker in self.trackers:
-            tracker.close()
+        close_all(self.trackers, HASTE if failed else PATIENCE)
 
     def reserve(self) -> None:
         """Get the memory for saving ready in the background; call it after the first step."""
@@ -218,16 +226,17 @@ def announce(run: Run, precision: str) -> None:
         f"{config.optimizer.name}, {config.schedule.name} from {config.optimizer.lr:g}",
     }
     if run.meter.cost is not None:
-        rows["MFU"] = _utilisation(run.meter.cost)
+        rows["MFU"] = _utilisation(run.meter.cost, fp8=t.fp8)
     for key, value in rows.items():
         run.reporter.info(f"{key:>7}  {value}".replace("torch.", ""))
 
 
-def _utilisation(cost: Cost) -> str:
+def _utilisation(cost: Cost, *, fp8: bool) -> str:
     """Say what 100% would be."""
     devices = f" x {cost.devices}" if cost.devices > 1 else ""
+    source = cost.peak.source + ", without fp8" * fp8
     return (
-        f"of {short_flops(cost.peak.flops)}FLOP/s{devices}, {cost.peak.source}; "
+        f"of {short_flops(cost.peak.flops)}FLOP/s{devices}, {source}; "
         f"{short_flops(cost.flops)}FLOP a token, forward and backward"
     )
 

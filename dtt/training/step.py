@@ -60,8 +60,16 @@ class Stepper:
         batch is divided; dropout is a function of the step and of samples' numbers in it. `stop`,
         whether this rank was asked to stop, is called as late as possible: before ranks add up.
         """
+        tokens, given = self.inputs(batch, step)
+        scale: Tensor | float = 1 / batch.count
+        if self.scaler.is_enabled():
+            scale = self.scaler.scale(torch.tensor(scale, device=tokens.device))
+        loss = self.model.train(tokens, given, scale, self.division.accumulation)
+        return self.finish(batch, loss, stop)
+
+    def inputs(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the tokens of step `step` and what else an Objective takes, on the device."""
         device = self.runtime.device
-        tokens = batch.tokens.to(device, non_blocking=True)
         given = {"targets": batch.targets.to(device, non_blocking=True)}
         if batch.positions is not None:
             given["positions"] = batch.positions.to(device, non_blocking=True)
@@ -70,14 +78,15 @@ class Stepper:
             first = self.model.data_rank * self.division.rows
             samples = range(first, first + self.division.rows)
             given["keys"] = sample_keys(mix(self.seed, 3, step), samples, device)
-        scale: Tensor | float = 1 / batch.count
-        if self.scaler.is_enabled():
-            scale = self.scaler.scale(torch.tensor(scale, device=device))
-        loss = self.model.train(tokens, given, scale, self.division.accumulation)
+        return batch.tokens.to(device, non_blocking=True), given
+
+    def finish(self, batch: Batch, loss: Tensor, stop: Callable[[], bool] = _never) -> StepResult:
+        """Clip the gradients of a step that had this loss; return its figures over all ranks."""
         self.scaler.unscale_(self._torch_optimizer)
         norm = self._clip()
         seen = batch.seen if self.model.counts_data else 0
-        others = torch.tensor([stop(), seen], dtype=loss.dtype).to(device, non_blocking=True)
+        others = torch.tensor([stop(), seen], dtype=loss.dtype)
+        others = others.to(self.runtime.device, non_blocking=True)
         totals = self.runtime.sum(torch.cat([loss.view(1), others]))
         return StepResult(
             totals, norm, batch.count, batch.seen if self.runtime.ranks == 1 else None

@@ -145,6 +145,7 @@ def _fewer(experts: Experts) -> Experts:
 def small(config: Config, case: Case) -> Config:
     """Return what a case trains."""
     training: dict[str, Any] = {
+        "engine": "dtt",  # which does all layouts
         "batch_size": SEQUENCES,
         "micro_batch_size": case.micro,
         "accumulation": None,

@@ -1,5 +1,6 @@
-"""`dtt doctor` with few checks, where the second node (by torchrun's GROUP_RANK) is slow, or dies
-during its examination: `python planted.py slow|dies [OPTIONS]`."""
+"""`dtt doctor` with few checks, where the second node (by torchrun's GROUP_RANK) is slow, dies
+during its examination, or leaves while all work together; or where both say that they have a GPU:
+`python planted.py slow|dies|leaves|gpus [OPTIONS]`."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import signal
 import sys
 from typing import Any
 
+import torch
+
 from dtt.cli import main
-from dtt.doctor import examination, processor
+from dtt.doctor import examination, network, processor
 from dtt.doctor.finding import Finding, Subject, ok
 
 FEW = ("python", "packages", "files")
@@ -27,7 +30,18 @@ def planted_rate(subject: Subject) -> Any:
     yield finding
 
 
+def planted_speed(interface: str) -> float:
+    """What is asked in the midst of collectives."""
+    if SECOND:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "leaves":
+        network.speed_of = planted_speed
+    if sys.argv[1] == "gpus":
+        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     kept = [check for check in examination.CHECKS if check.name in FEW]
     matmul = examination.Check("matmul", "machine", 2, planted_rate)
     examination.CHECKS = (*kept[:2], matmul, *kept[2:])

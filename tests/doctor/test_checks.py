@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import pytest
 from subjects import BENCH, subject
 
 from dtt import network as machine_network
-from dtt.doctor import disk, network, processor, settings, software, trial
+from dtt.doctor import disk, link, network, nodes, processor, settings, software, trial
 from dtt.doctor.bench import UnmeasuredError
 from dtt.doctor.examination import CHECKS, examine
 from dtt.doctor.finding import Finding, Subject
@@ -56,6 +57,8 @@ def test_the_usual_port_that_is_taken_is_a_warning(monkeypatch: pytest.MonkeyPat
 def test_the_port_of_a_launch_is_not_asked_for() -> None:
     place = Place(0, 2, 0, 2, "torchrun")
     assert one("port", subject(environ={"MASTER_PORT": "1"}, place=place)).status == "skipped"
+    unknown = one("port", subject(environ={"PMI_FD": "7"}, place=Place(0, 2, 0, 2, "MPICH")))
+    assert unknown.measured == "one that rank 0 chooses: the ranks of this launch meet there"
 
 
 def test_a_name_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +214,41 @@ def test_a_measurement_that_crashes_hangs_or_raises_is_said_so() -> None:
         BENCH.run(explode)
     with pytest.raises(DataError, match="cannot read the tokenizer"):
         BENCH.run(settings.try_tokenizer, Path("/nowhere/tokenizer.json"), None)
+
+
+def test_an_all_reduce_that_fails_says_why() -> None:
+    with pytest.raises(UnmeasuredError, match=r"^rank \d: \w+: .*nonsense"):
+        BENCH.run(link.measure, "nonsense", 2)
+
+
+def test_ranks_that_die_in_an_all_reduce() -> None:
+    with pytest.raises(UnmeasuredError, match=r"^rank 0: the process died by SIGABRT$"):
+        BENCH.run(measure_dying)
+
+
+def measure_dying() -> float:
+    link._rank = lambda *words: os.abort()
+    return link.measure("gloo", 2)
+
+
+def test_a_file_is_locked_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with nodes.locked(path) as holds:
+        assert holds and nodes.is_kept_out(path)
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre mounted without `-o flock`."""
+
+    def flock(*words: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(nodes.fcntl, "flock", flock)
+    with nodes.locked(tmp_path / "lock") as holds:
+        assert not holds and not nodes.is_kept_out(tmp_path / "lock")
+    with nodes.locked(tmp_path / "missing" / "lock") as holds:
+        assert not holds
 
 
 def test_a_check_that_breaks_is_its_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:

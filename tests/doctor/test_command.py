@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 
 from dtt.doctor.examination import CHECKS
+from dtt.machine import free_port
 
 pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 
 
 def doctor(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(port)}
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(free_port())}
     return subprocess.run(
         [sys.executable, "-m", "dtt", "doctor", *words],
         cwd=folder,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dtt.doctor import disk, gpu, hub, limits, link, network, processor, settings, software, trial
+from dtt.doctor.comparison import judge_nccl_failure
 from dtt.doctor.finding import Finding
 
 H100 = {
@@ -21,6 +23,9 @@ H100 = {
     "copy_gb_s": 2900.0,
     "to_gpu_gb_s": 55.0,
     "to_host_gb_s": 52.0,
+    "published_matmul_tflops": 989.4,
+    "published_copy_gb_s": 3350,
+    "published_link_gb_s": 450,
 }
 BUILD = {
     "torch": "2.13.0+cu130",
@@ -117,7 +122,7 @@ CASES = {
     "slow native bf16": (lambda: matmul(90, True), "warning", "--precision fp32"),
     "slow bf16 that is not chosen": (lambda: matmul(90, False), "ok", ""),
     "GPU": (gpu_finding, "ok", ""),
-    "slow GPU": (lambda: gpu_finding(matmul_tflops=989 * 0.54), "warning", "nvidia-smi -q"),
+    "slow GPU": (lambda: gpu_finding(matmul_tflops=989.4 * 0.54), "warning", "nvidia-smi -q"),
     "slow memory of a GPU": (lambda: gpu_finding(copy_gb_s=1500.0), "warning", "nvidia-smi -q"),
     "slow bus of a GPU": (lambda: gpu_finding(to_gpu_gb_s=3.0), "warning", "PCIE"),
     "GPU in use": (lambda: gpu_finding(processes=[4711]), "warning", "CUDA_VISIBLE_DEVICES"),
@@ -220,28 +225,36 @@ def test_a_gpu_is_compared_with_its_data_sheet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tflops"),
+    ("name", "expected"),
     [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA H100 80GB HBM3", (989.4, 3350, 450)),
+        ("NVIDIA H100 PCIe", (756.5, 2000, 0)),
+        ("NVIDIA H100 NVL", (835.5, 3900, 300)),
+        ("NVIDIA GH200 480GB", (989.4, 4000, 450)),
+        ("NVIDIA A100-SXM4-80GB", (312, 2039, 300)),
+        ("NVIDIA A100-SXM4-40GB", (312, 1555, 300)),
+        ("NVIDIA A100 80GB PCIe", (312, 1935, 0)),
+        ("NVIDIA L4", (121, 300, 0)),
+        ("NVIDIA GeForce RTX 4090", (165.2, 1008, 0)),
+        ("NVIDIA RTX A6000", (154.8, None, None)),
+        # other chips than those that they are called after
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (None, None, None)),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", (None, None, None)),
     ],
 )
-def test_a_gpu_is_found_by_its_name(name: str, tflops: float) -> None:
-    found = gpu.published(name)
-    assert found is not None
-    assert found.tflops == tflops
+def test_a_gpu_is_found_by_its_name(name: str, expected: tuple[float | None, ...]) -> None:
+    found = gpu.published_rates(name, torch.bfloat16)
+    assert tuple(found.values()) == expected
+
+
+def test_a_gpu_without_bf16_is_compared_in_fp16() -> None:
+    found = gpu.published_rates("Tesla V100-SXM2-16GB", torch.float16)
+    assert found["published_matmul_tflops"] == 125
 
 
 def test_an_unknown_gpu_is_compared_with_the_others_only() -> None:
-    rows = [{**H100, "name": "NVIDIA X1", "matmul_tflops": rate} for rate in (50.0, 50.0, 30.0)]
+    unknown = {**H100, "name": "NVIDIA X1", **gpu.published_rates("NVIDIA X1", torch.bfloat16)}
+    rows = [{**unknown, "matmul_tflops": rate} for rate in (50.0, 50.0, 30.0)]
     found = [gpu.judge(index, row, rows) for index, row in enumerate(rows)]
     assert [finding.status for finding in found] == ["ok", "ok", "warning"]
     assert "its matmul is 40% below the other GPUs'" in found[2].measured
@@ -257,9 +270,24 @@ def test_nvidia_smi_is_read() -> None:
     assert gpu.parse_nvidia_smi("", "") == []
 
 
+def test_ranks_whose_gpus_fail_are_named_with_what_they_say() -> None:
+    hosts = ["n1", "n1", "n2", "n2"]
+    assert judge_nccl_failure(["", "", "", ""], hosts) is None
+    finding = judge_nccl_failure(["", "timed out", "no route", "no route"], hosts)
+    assert finding is not None and finding.status == "failed"
+    assert finding.measured == "rank 1 on n1: timed out; rank 2 on n2: no route"
+    assert finding.figures["ranks"] == [1, 2, 3]
+
+
 def test_nvlink_is_seen_in_the_matrix() -> None:
     assert link.shows_nvlink(TOPOLOGY.format(link="NV18"))
     assert not link.shows_nvlink(TOPOLOGY.format(link="NODE"))
+
+
+def test_prepared_data_is_whole_only_where_it_was_hashed() -> None:
+    found = {"folder": "d", "prepared": True, "tokens": 7, "hashed": True}
+    assert settings.shown_corpus(found) == "d: 7 training tokens, whole"
+    assert "of the right sizes" in settings.shown_corpus({**found, "hashed": False})
 
 
 def test_requirements_are_read_by_extra() -> None:

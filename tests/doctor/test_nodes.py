@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from dtt.doctor import roll
+from dtt.machine import free_port
 
 pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 PLANTED = str(Path(__file__).with_name("planted.py"))
@@ -22,18 +22,13 @@ MPIRUN = shutil.which(
 )
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return str(probe.getsockname()[1])
-
-
 def environ(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
 
 
 def torchruns(folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     """Two launches of one rank each, as on two nodes."""
-    port, started = free_port(), []
+    port, started = str(free_port()), []
     for number in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
         command += ["--node-rank", str(number), "--nproc-per-node", "1"]
@@ -94,6 +89,27 @@ def test_a_node_that_dies_is_named(tmp_path: Path) -> None:
     assert {"python", "matmul"} <= {check["name"] for check in node["checks"]}
 
 
+def test_a_node_that_dies_while_all_work_together_is_named(tmp_path: Path) -> None:
+    (code, out, err), (other, _, _) = ended(torchruns(tmp_path, "leaves", "--json"))
+    assert code and other
+    document = json.loads(out)
+    assert document["exit_code"] == 7, err
+    lost = together(document)["meeting"]
+    assert (lost["status"], lost["figures"]["ranks"]) == ("failed", [1])
+    (first, second) = document["nodes"]
+    assert all("matmul" in {check["name"] for check in node["checks"]} for node in (first, second))
+
+
+def test_gpus_that_do_not_sum_are_a_finding(tmp_path: Path) -> None:
+    (code, out, err), (other, _, _) = ended(torchruns(tmp_path, "gpus", "--json"))
+    assert code and other
+    document = json.loads(out)
+    assert document["exit_code"] == 7, err
+    found = together(document)["all-reduce nccl"]
+    assert (found["status"], found["figures"]["ranks"]) == ("failed", [0, 1])
+    assert found["measured"].startswith(f"rank 0 on {os.uname().nodename}: ") and found["mend"]
+
+
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
 def test_ranks_of_mpirun_are_one_node(tmp_path: Path) -> None:
     assert MPIRUN is not None
@@ -112,9 +128,8 @@ def test_ranks_of_mpirun_are_one_node(tmp_path: Path) -> None:
 
 
 def test_a_missing_rank_is_a_finding_beside_those_of_the_own_machine(tmp_path: Path) -> None:
-    alone = environ(
-        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), LOCAL_RANK="0"
-    )
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alone = environ(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", **where)
     short = "import sys; from dtt.doctor import nodes; nodes.MEETING = 2.0; import runpy;"
     run = f"sys.argv = ['x', 'fine', '--json']; runpy.run_path({PLANTED!r}, run_name='__main__')"
     done = subprocess.run(

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dtt.config.data import TokenizerFile
 from dtt.config.load import to_yaml
 from dtt.config.model import Experts, Learned, Model, Rotary
 from dtt.config.schema import Config
+from dtt.huggingface.export import open_export, write_export
 from dtt.model.decoder import Decoder
 from dtt.tokenizer import CharTokenizer, Tokenizer, fingerprint
 from dtt.training.checkpoint import Checkpoints
@@ -45,6 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "starcoder2",
         BASE | {"bias": True, "activation": "gelu_tanh", "kv_heads": 1, "window": 9},
     ),
+    "starcoder2-tied": ("starcoder2", BASE | {"tied_head": True}),
     "llama": ("llama", LLAMA),
     "llama-tied-wide-heads": ("llama", LLAMA | {"tied_head": True, "head_dim": 20}),
     "llama-with-biases": ("llama", LLAMA | {"bias": True, "kv_heads": None}),
@@ -59,9 +62,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         LLAMA | {"positions": Rotary(theta=5e5, scaling="llama3", high_freq_factor=3.0, **SCALED)},
     ),
     "mistral": ("mistral", LLAMA | {"window": 9}),
+    "mistral-tied-linear": (
+        "mistral",
+        LLAMA | {"window": 9, "tied_head": True, "positions": Rotary(scaling="linear", factor=4.0)},
+    ),
     "qwen3": ("qwen3", QWEN3),
+    "qwen3-yarn": ("qwen3", QWEN3 | {"positions": Rotary(theta=1e6, scaling="yarn", **SCALED)}),
     "qwen3-tied-window": ("qwen3", QWEN3 | {"tied_head": True, "window": 9}),
     "mixtral": ("mixtral", LLAMA | {"experts": Experts(number=8), "window": 9}),
+    "mixtral-tied-llama3": (
+        "mixtral",
+        LLAMA
+        | {
+            "experts": Experts(number=4),
+            "tied_head": True,
+            "positions": Rotary(theta=5e5, scaling="llama3", **SCALED),
+        },
+    ),
     "qwen3-moe": (
         "qwen3_moe",
         QWEN3 | {"experts": Experts(number=8, active=3, hidden=24, every=2, normalize=False)},
@@ -89,6 +106,21 @@ def random_decoder(model: Model, seed: int = 0) -> Decoder:
     return made.eval()
 
 
+def trained_decoder(model: Model) -> Decoder:
+    """Return a decoder after a few steps of training on a text that can be learnt."""
+    made = Decoder(model)
+    made.init_weights(0)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    text = torch.arange(8 * 65).view(8, 65) ** 2 % VOCABULARY
+    for _ in range(8):
+        optimizer.zero_grad()
+        logits = made.train()(text[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+        optimizer.step()
+        made.rebalance(lambda counts: counts)
+    return made.eval()
+
+
 def make_run(
     folder: Path,
     settings: Mapping[str, Any],
@@ -96,15 +128,17 @@ def make_run(
     tokenizer: Tokenizer = TOKENIZER,
     section: Mapping[str, Any] | TokenizerFile | None = None,
     seed: int = 0,
+    made: Decoder | None = None,
 ) -> tuple[Path, Decoder]:
-    """Write a run folder with one checkpoint of a random model; return it and the model."""
+    """Write a run folder with one checkpoint of a model, a random one unless it is given; return
+    it and the model."""
     config = Config(
         name=folder.name,
         dir=folder.parent,
         model=Model(**settings),
         tokenizer=section or {"name": "char"},
     )
-    made = random_decoder(config.model, seed)
+    made = made or random_decoder(config.model, seed)
     files = {
         "config.yaml": to_yaml(config).encode(),
         "tokenizer.json": tokenizer.to_json().encode(),
@@ -122,6 +156,18 @@ def make_run(
     checkpoints.finish()
     (folder / "config.yaml").write_bytes(files["config.yaml"])
     return folder, made
+
+
+def export_of(run: Path, to: str = "hf", dtype: str = "fp32", **options: Any) -> Path:
+    """Export a run below ./exports; return the folder."""
+    folder = Path(f"exports/{run.name}-{to}-{dtype}")
+    write_export(open_export(run, "last", to, dtype), folder, **options)
+    return folder
+
+
+def left_over(folder: Path = Path("exports")) -> list[str]:
+    """What lies beside a folder that did not come to be."""
+    return [path.name for path in folder.iterdir()] if folder.exists() else []
 
 
 def drift(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from stock_models import ALPHABET, CONTEXT, LLAMA, MODELS, VOCABULARY, drift, make_run, quick_files
+from stock_models import (
+    ALPHABET,
+    CONTEXT,
+    LLAMA,
+    MODELS,
+    VOCABULARY,
+    drift,
+    export_of,
+    left_over,
+    make_run,
+    quick_files,
+    random_decoder,
+)
 
-from dtt.cli import main
 from dtt.config.data import Data, TokenizerFile
 from dtt.config.model import Experts, Learned, Model, NoPositions
 from dtt.config.schema import Config
@@ -23,11 +32,10 @@ from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface import export as module
 from dtt.huggingface.card import portable
 from dtt.huggingface.choice import family_of
-from dtt.huggingface.export import open_export, write_export
+from dtt.huggingface.export import open_export
 from dtt.huggingface.families import FAMILIES
 from dtt.huggingface.folder import open_folder
 from dtt.huggingface.origin import with_origin
-from dtt.huggingface.pieces import Piece
 from dtt.huggingface.settings import to_json
 from dtt.huggingface.writer import write_weights
 from dtt.tokenizer import CharTokenizer
@@ -39,17 +47,6 @@ transformers = pytest.importorskip("transformers")
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quick_files(monkeypatch)
-
-
-def export_of(run: Path, to: str = "hf", dtype: str = "fp32", **options: Any) -> Path:
-    folder = Path(f"exports/{run.name}-{to}-{dtype}")
-    write_export(open_export(run, "last", to, dtype), folder, **options)
-    return folder
-
-
-def left_over(folder: Path = Path("exports")) -> list[str]:
-    """What lies beside a folder that did not come to be."""
-    return [path.name for path in folder.iterdir()] if folder.exists() else []
 
 
 # --- the same model ------------------------------------------------------------------------------
@@ -91,10 +88,31 @@ def test_narrow_types_are_proven_with_the_rounded_weights(dtype: str) -> None:
     assert loaded.dtype == kind
 
 
-def test_what_fp16_cannot_hold_is_refused() -> None:
-    run, _ = make_run(Path("runs/large"), LLAMA | {"init_std": 1e6})
-    with pytest.raises(ConfigError, match=r"fp16: a value of \S+ is too large for it; use bf16"):
-        export_of(run, dtype="fp16")
+def test_what_a_narrow_type_cannot_hold_is_refused() -> None:
+    made = random_decoder(Model(**LLAMA))
+    made.blocks[1].mlp.up.weight.data[0, 0] = 3.4e38
+    run, _ = make_run(Path("runs/large"), LLAMA, made=made)
+    for dtype, wider in (("fp16", "bf16 or fp32"), ("bf16", "fp32")):
+        with pytest.raises(ConfigError) as caught:
+            export_of(run, dtype=dtype)
+        assert str(caught.value) == (
+            f"--dtype {dtype}: a value of model.layers.1.mlp.up_proj.weight is too large for it; "
+            f"use {wider}"
+        )
+    assert left_over() == []
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_values_that_are_not_finite_are_not_exported(to: str) -> None:
+    made = random_decoder(Model(**LLAMA))
+    made.blocks[1].mlp.up.weight.data[0, 0] = float("nan")
+    run, _ = make_run(Path("runs/spoilt"), LLAMA, made=made)
+    with pytest.raises(CheckpointError) as caught:
+        export_of(run, to)
+    assert str(caught.value) == (
+        "checkpoint runs/spoilt/checkpoints/step-00000007: blocks.1.mlp.up.weight has values that "
+        "are not finite; export one from before that"
+    )
     assert left_over() == []
 
 
@@ -160,71 +178,7 @@ def test_a_setting_that_no_architecture_has_is_named(changes: dict[str, Any], na
     assert "--to safetensors always works" in caught.value.fix
 
 
-# --- planted faults ------------------------------------------------------------------------------
-
-
-def interleaved(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of queries in the order of pairs side by side, as the first Llama had them."""
-    made = tensor[0] if piece.stacked else tensor
-    if not piece.name.endswith("layers.1.self_attn.q_proj.weight"):
-        return made.t() if piece.transposed else made
-    return made.view(4, 2, -1, 32).transpose(1, 2).reshape(made.shape)
-
-
-def not_transposed(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-    keep = "h.0.attn.c_proj" in piece.name  # a square matrix: no shape gives it away
-    return tensor.t() if piece.transposed and not keep else tensor
-
-
-def swapped(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-    """A norm of the second block that is twice what it was."""
-    return tensor * 2 if "layers.1.post_attention_layernorm" in piece.name else tensor
-
-
-@pytest.mark.parametrize(
-    ("model", "fault", "place"),
-    [
-        ("llama", interleaved, "block 1, its attention"),
-        ("gpt2", not_transposed, "block 0, its attention"),
-        ("llama", swapped, "block 1, its MLP"),
-    ],
-)
-def test_a_planted_fault_in_the_weights_names_the_block(
-    model: str, fault: Callable[..., torch.Tensor], place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, _ = make_run(Path("runs/small"), MODELS[model][1] | {"heads": 4})
-    monkeypatch.setattr(Piece, "from_ours", fault)
-    with pytest.raises(CheckpointError) as caught:
-        export_of(run)
-    assert f"{place} (" in str(caught.value) and "is the first to drift" in str(caught.value)
-    assert ".tmp" not in str(caught.value)
-    assert left_over() == []
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("rms_norm_eps", 1e-3, "block 0, its attention ("),
-        ("num_key_value_heads", 4, "transformers finds mismatched keys"),
-        ("hidden_act", "gelu", "block 0, its MLP ("),
-        ("rope_parameters", {"rope_theta": 1e4 + 10, "rope_type": "default"}, "rotates position"),
-    ],
-)
-def test_a_planted_fault_in_the_settings_is_found(
-    key: str, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, _ = make_run(Path("runs/small"), LLAMA)
-
-    def wrong(*given: Any) -> dict[str, Any]:
-        made = to_json(*given)
-        made.pop("rope_scaling")
-        return made | {key: value}
-
-    monkeypatch.setattr(module, "to_json", wrong)
-    with pytest.raises(CheckpointError) as caught:
-        export_of(run)
-    assert said in str(caught.value)
-    assert left_over() == []
+# --- tokenizers ----------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_that_is_off_by_one_is_left_out(
@@ -247,17 +201,27 @@ def test_a_tokenizer_that_is_off_by_one_is_left_out(
     assert "okenizer" not in (folder / "README.md").read_text().partition("## Settings")[0]
 
 
+def test_a_tokenizer_that_transformers_cannot_load_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run(Path("runs/small"), LLAMA)
+    whole = module.tokenizer_files
+
+    def unknown(*given: Any) -> dict[str, str]:
+        files = dict(whole(*given))
+        data = json.loads(files["tokenizer.json"])
+        data["model"]["type"] = "of-tomorrow"
+        return files | {"tokenizer.json": json.dumps(data)}
+
+    monkeypatch.setattr(module, "tokenizer_files", unknown)
+    folder = export_of(run)
+    assert not list(folder.glob("*token*"))
+    err = capsys.readouterr().err
+    assert "the tokenizer is left out" in err and "it cannot load it (" in err
+    assert err.count("\n") == 1
+
+
 # --- the command ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def dtt(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(list(words))
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return run
 
 
 def test_the_command_says_what_was_proven_and_replaces_only_exports(dtt: Any) -> None:
@@ -279,6 +243,22 @@ def test_the_command_says_what_was_proven_and_replaces_only_exports(dtt: Any) ->
     Path("notes/a.txt").write_text("mine")
     assert dtt("export", "runs/book", "-o", "notes", "--force")[0] == 2
     assert Path("notes/a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", [".", "..", "../here", "/"])
+def test_a_folder_that_one_stands_in_is_not_replaced(
+    where: str, dtt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = make_run(tmp_path / "runs" / "book", LLAMA)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir("here")
+    code, _, err = dtt("export", str(run), "-o", where)
+    assert (code, err) == (
+        2,
+        f"dtt export: error: {where} is the folder that you are in, or above it, and an export "
+        "takes the place of a whole folder; give -o the name of a new one\n",
+    )
+    assert left_over(Path()) == [] and sorted(left_over(tmp_path)) == ["here", "runs"]
 
 
 def test_without_transformers_the_command_names_the_package(
@@ -304,8 +284,11 @@ def test_the_card_has_facts_and_no_places(dtt: Any, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "runs" / "book", LLAMA)
     row = {"step": 7, "val_loss": 1.25, "val_bits_per_byte": 0.5, "val_floor": 0.25}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert dtt("export", str(run), "-o", "book-model")[0] == 0
+    assert 'from_pretrained("book-model")' in Path("book-model/README.md").read_text()
     assert dtt("export", str(run))[0] == 0
     text = Path("exports/book-hf/README.md").read_text()
+    assert 'from_pretrained("book-hf")' in text and "up to 96 tokens" in text
     for fact in ("12,345", "1.2500", "0.5000 (the lowest possible is 0.2500)", "0123456789ab"):
         assert fact in text
     assert str(tmp_path) not in text and "library_name: transformers" in text
@@ -342,4 +325,3 @@ def test_the_folder_of_a_run_of_another_tokenizer_ends_texts_with_its_own() -> N
     folder = export_of(run)
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     assert loaded("xyz?")["input_ids"] == [0, 2, 3, 4, 1]
-    assert dataclasses.is_dataclass(FAMILIES["llama"])

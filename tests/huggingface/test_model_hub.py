@@ -6,23 +6,24 @@ The client is `huggingface_hub`; the server a stand-in on this machine.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import Fault, Hub
 from model_hub import TOKEN, model_hub
+from starting import Command, edit, flags
 from stock_models import LLAMA, make_run, quick_files
 
-from dtt.cli import main
 from dtt.config.load import to_yaml
 from dtt.config.schema import Config
-from dtt.errors import CheckpointError
+from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface.export import open_export, write_export
 from dtt.huggingface.origin import with_origin
+from dtt.machine import free_port
 
 pytest.importorskip("transformers")
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -32,16 +33,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     make_run(Path("runs/book"), LLAMA)
     with model_hub(tmp_path, monkeypatch) as hub:
         yield hub
-
-
-@pytest.fixture
-def dtt(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(list(words))
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return run
 
 
 def put_model(hub: Hub, seed: int = 0) -> Path:
@@ -64,6 +55,7 @@ def test_what_is_pushed_comes_back_the_same(
     assert {p.name for p in here.iterdir()} == {p.name for p in there.iterdir()}
     assert all((there / p.name).read_bytes() == p.read_bytes() for p in here.iterdir())
 
+    assert 'from_pretrained("me/book")' in (here / "README.md").read_text()
     config = with_origin(Config(name="again", init_from="me/book"))
     assert config.init_from == f"me/book@{hub.commit(there)}"
     assert config.model.dim == LLAMA["dim"] and config.tokenizer.name == "file"
@@ -169,3 +161,71 @@ def test_a_server_that_is_busy_is_asked_again(hub: Hub) -> None:
     hub.faults.append(Fault("/api/models", 1, "GET", status=500))
     config = with_origin(Config(name="a", init_from="org/small"))
     assert config.init_from is not None and not any(fault.times for fault in hub.faults)
+
+
+def test_a_server_says_when_to_ask_again(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_model(hub)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.faults.append(Fault("/api/models", 1, "GET", status=503, retry_after="7"))
+    with_origin(Config(name="a", init_from="org/small"))
+    assert "HTTP status 503; next try in 7.0 s" in capsys.readouterr().err
+
+
+def test_a_server_that_cannot_be_reached_is_said(
+    hub: Hub, dtt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    address = f"http://127.0.0.1:{free_port()}"  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    code, _, err = dtt("train", "--init-from", "org/small", "-n", "a")
+    *tries, last = err.splitlines()
+    assert code == 4 and len(tries) == 4 and all("next try in" in line for line in tries)
+    start, _, end = last.partition(" cannot be reached: ")
+    assert start == (
+        "dtt train: error: no folder org/small is here, nor a download of it, and org/small at "
+        f"{address}"
+    )
+    assert "refused (tried again and again); check the network" in end
+
+
+def test_without_huggingface_hub_the_package_is_named(
+    hub: Hub, dtt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = "models of the Hub need the Python package 'huggingface_hub'; pip install 'dtt[hf]'\n"
+    code, _, err = dtt("train", "--init-from", "org/small", "-n", "a")
+    assert (code, err) == (2, f"dtt train: error: {said}")
+    code, _, err = dtt("export", "runs/book", "--push", "me/book")
+    assert (code, err) == (2, f"dtt export: error: {said}")
+    assert not Path("exports").exists()
+
+
+def test_code_of_a_model_neither_comes_nor_runs(hub: Hub) -> None:
+    folder = put_model(hub)
+    edit(folder, auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    (folder / "modeling.py").write_text("open('executed', 'w')\n")
+    with pytest.raises(ConfigError, match=r"has code of its own \(auto_map in config.json\)"):
+        with_origin(Config(name="a", init_from="org/small"))
+    config = with_origin(Config(name="a", init_from="org/small", init_ignore_code=True))
+    assert config.model.dim == LLAMA["dim"]
+    assert not any("modeling.py" in request.path for request in hub.requests)
+    assert not Path("executed").exists()
+
+
+def test_a_run_goes_on_where_its_model_is_no_more(
+    hub: Hub, dtt: Command, tmp_path: Path, text_here: None
+) -> None:
+    commit = hub.commit(put_model(hub))
+    words = ["train", *flags(), "--init-from", "org/small"]
+    assert dtt(*words, "-n", "tuned", "--max-steps", "2")[0] == 0
+    shutil.rmtree(hub.root / "models/org")
+    shutil.rmtree(tmp_path / "cache")
+    code, out, err = dtt(*words, "-n", "tuned", "--max-steps", "3")
+    assert code == 0 and "continuing runs/tuned from step 2" in out
+    assert "init_from" not in out and "error" not in err
+    assert f"init_from: org/small@{commit}" in Path("runs/tuned/config.yaml").read_text()
+    code, _, err = dtt(*words, "-n", "new")
+    assert code == 4 and "there is no model org/small at" in err

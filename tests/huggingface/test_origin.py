@@ -2,96 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock_models import BASE, GPT2, LLAMA, MODELS, QWEN3, make_run, quick_files
+from starting import Command, config_of, flags, folder_of, losses_of
+from stock_models import BASE, GPT2, LLAMA, MODELS, QWEN3
 
 import dtt as dtt_package
-from dtt.cli import main
-from dtt.config.load import load_config
-from dtt.config.model import Experts, Learned, Model, Rotary
+from dtt.config.model import Experts, Learned
 from dtt.config.schema import Config
 from dtt.dist import Place, Runtime
-from dtt.errors import CheckpointError, ConfigError
-from dtt.huggingface.export import open_export, write_export
+from dtt.errors import ConfigError
+from dtt.huggingface import origin
 from dtt.huggingface.families import FAMILIES
 from dtt.huggingface.folder import open_folder
-from dtt.huggingface.origin import with_origin
-from dtt.metrics.loggers import read_metrics
-from dtt.model.decoder import Decoder
+from dtt.huggingface.origin import initial_weights, with_origin
 from dtt.parallel.part import Part
 from dtt.training.run import open_run
-from dtt.training.saved import open_checkpoint
 
 transformers = pytest.importorskip("transformers")
-Command = Callable[..., tuple[int, str, str]]
-TRAINING = {
-    "data.source.name": "text",
-    "data.source.path": "text.txt",
-    "data.workers": "1",
-    "training.batch_size": "4",
-    "training.precision": "fp32",
-    "training.device": "cpu",
-    "training.threads": "1",
-    "evaluation.max_tokens": "256",
-    "sample.prompts": "[]",
-    "optimizer.name": "adamw",
-    "schedule.name": "constant",
-}
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    quick_files(monkeypatch)
-    draw = random.Random(0)
-    words = ("the cat", "a dog", "saw", "it's big", "ran from", "and")
-    text = "".join(draw.choice(words) + (".\n" if i % 9 == 8 else " ") for i in range(1200))
-    Path("text.txt").write_text(text)
-
-
-@pytest.fixture
-def dtt(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(list(words))
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return run
-
-
-def folder_of(settings: dict[str, Any] = LLAMA, name: str = "start") -> tuple[Path, Decoder]:
-    """Export a random model without proof; return the folder and the model."""
-    run, ours = make_run(Path("made") / name, settings)
-    folder = Path(name)
-    write_export(open_export(run, "last", "hf", "fp32"), folder, verify=False)
-    return folder, ours
-
-
-def flags(**changes: str) -> list[str]:
-    merged = TRAINING | {key.replace("__", "."): value for key, value in changes.items()}
-    return [word for key, value in merged.items() for word in (f"--{key}", value)]
-
-
-def config_of(folder: Path, **changes: str) -> Config:
-    given = TRAINING | {"init_from": str(folder)}
-    given |= {key.replace("__", "."): value for key, value in changes.items()}
-    return with_origin(load_config((), {k: (f"--{k}", v) for k, v in given.items()}))
-
-
-def losses_of(run: str) -> list[float]:
-    rows = read_metrics(Path("runs") / run / "metrics.jsonl")
-    return [row["loss"] for row in rows if "loss" in row]
+pytestmark = pytest.mark.usefixtures("text_here")
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -187,11 +126,50 @@ def test_the_same_command_goes_on_exactly(dtt: Command) -> None:
     assert len(one) == 6 and one == other
     assert dtt("evaluate", "runs/parts")[0] == 0
 
-    folder_of(LLAMA, "elsewhere")
-    code, _, err = dtt(
-        "train", *flags(), "--init-from", "elsewhere", "-n", "parts", "--max-steps", "6"
-    )
-    assert code == 4 and "init_from: start -> elsewhere" in err
+
+def test_a_folder_that_was_moved_is_no_other_run(dtt: Command) -> None:
+    folder, _ = folder_of(LLAMA)
+    words = ["train", *flags(), "-n", "parts"]
+    assert dtt(*words, "--init-from", "start", "--max-steps", "2")[0] == 0
+    folder.rename("elsewhere")
+    code, out, err = dtt(*words, "--init-from", "elsewhere", "--max-steps", "3")
+    assert (code, err) == (0, "") and "init_from: start -> elsewhere" in out
+    folder_of(LLAMA | {"norm_eps": 1e-3}, "other")
+    code, _, err = dtt(*words, "--init-from", "other", "--max-steps", "4")
+    assert code == 4 and "model.norm_eps: 1e-06 -> 0.001" in err
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_run_with_a_checkpoint_needs_its_folder_no_more(
+    left: str, dtt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(origin, "bring", lambda *name: pytest.fail("it was a folder"))
+    folder, _ = folder_of(LLAMA, "my/start")  # as ORG/NAME
+    words = ["train", *flags(), "--init-from", "my/start"]
+    assert dtt(*words, "-n", "whole", "--max-steps", "6")[0] == 0
+    assert dtt(*words, "-n", "parts", "--max-steps", "3")[0] == 0
+    shutil.rmtree(folder)
+    if left == "an empty folder":  # what a file system that is not mounted leaves
+        folder.mkdir()
+    code, out, err = dtt(*words, "-n", "parts", "--max-steps", "6")
+    assert (code, err) == (0, "") and "continuing runs/parts from step 3" in out
+    assert "init_from" not in out and "tokenizer" not in out
+    assert losses_of("whole") == losses_of("parts")
+    assert dtt("train", "-c", "runs/whole/config.yaml", "--max-steps", "7")[0] == 0
+    shutil.rmtree("runs/parts/checkpoints")
+    code, _, err = dtt(*words, "-n", "parts")
+    assert code == 4 and "my/start" in err and err.count("\n") == 1
+
+
+def test_what_never_was_there_starts_no_run(dtt: Command) -> None:
+    folder, _ = folder_of(LLAMA)
+    words = ["train", *flags(), "--init-from", "start", "--max-steps", "1"]
+    assert dtt(*words, "-n", "old")[0] == 0
+    shutil.rmtree(folder)
+    for more in (["-n", "new"], ["-n", "old", "--fresh"]):
+        code, _, err = dtt(*words, *more)
+        assert code == 4 and "init_from: start does not exist" in err and err.count("\n") == 1
+    assert Path("runs/old/checkpoints").exists() and not Path("runs/new").exists()
 
 
 @pytest.mark.parametrize(
@@ -272,169 +250,42 @@ def test_the_tokenizer_is_the_folders_unless_one_is_set(dtt: Command) -> None:
     assert code == 2 and "model.vocab_size (61) is smaller than the tokenizer's (257)" in err
 
 
-# --- folders that cannot be started from ---------------------------------------------------------
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    data = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in data.items() if value != "gone"}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (
-            {"model_type": "bloom"},
-            "model_type 'bloom' is no architecture that dtt has; it has gpt2",
-        ),
-        ({"model_type": "gone"}, "model_type None is no architecture"),
-        ({"hidden_size": "gone", "vocab_size": "gone"}, "lacks vocab_size, hidden_size"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which dtt's decoder does not have"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"bits": 4}}, "the weights are quantized"),
-        ({"hidden_size": 33}, "dim (33) must be divisible by heads (4)"),
-        ({"num_hidden_layers": "two"}, "layers"),
-        (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_type 'dynamic', which dtt's decoder does not have",
-        ),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}},
-            "attention_factor 1.5",
-        ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "linear scaling lacks its factor"),
-    ],
-)
-def test_a_config_of_something_else_says_what(changes: dict[str, Any], said: str) -> None:
-    folder, _ = folder_of()
-    edit(folder, head_dim="gone", **changes)
-    with pytest.raises(CheckpointError) as caught:
-        with_origin(Config(name="a", init_from=str(folder)))
-    assert said in str(caught.value) and "start/config.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def weights_changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    stored = load_file(folder / "model.safetensors")
-    change(stored)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-GATE = "model.layers.1.mlp.gate_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda w: w.pop(GATE), f"start lacks the tensor {GATE} [48, 32]"),
-        (lambda w: w.update({GATE: w[GATE][:40].clone()}), f"{GATE} is [40, 32], and config.json"),
-        (lambda w: w.update({GATE: w[GATE].to(torch.int8)}), f"{GATE} is I8: the weights are quan"),
-        (lambda w: w.update(extra=torch.ones(1)), "has a tensor extra, which LlamaForCausalLM"),
-        (
-            lambda w: w.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
-            "has a tensor model.layers.0.self_attn.q_norm.weight",
-        ),
-    ],
-)
-def test_weights_of_something_else_say_which_tensor(
-    change: Callable[[dict[str, torch.Tensor]], Any], said: str, dtt: Command
-) -> None:
-    folder, _ = folder_of()
-    weights_changed(folder, change)
-    code, _, err = dtt("train", *flags(), "--init-from", "start", "-n", "a")
-    assert code == 4 and said in err and err.count("\n") == 1
-    assert not Path("runs/a").exists()
-
-
-def test_a_head_or_a_bias_that_config_json_denies_is_refused(dtt: Command) -> None:
-    folder_of(LLAMA | {"tied_head": True})
-    weights_changed(
-        Path("start"), lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 0})
+def test_other_commands_take_the_folder_too(dtt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of()
+    for command in ("tokenize", "doctor"):
+        words = (command, "--data-path", "text.txt", "--print-config", "--init-from")
+        code, out, err = dtt(*words, "start")
+        assert (code, err) == (0, "") and "path: start/tokenizer.json" in out
+        assert "vocab_size: 61" in out
+        code, _, err = dtt(*words, "absent")
+        assert code == 4 and "init_from: absent does not exist" in err
+    seen: list[Config] = []
+    monkeypatch.setattr(
+        "dtt.verification.report.verify_command", lambda config: seen.append(config) or 0
     )
-    command = ("train", *flags(max_steps="1"), "--init-from", "start", "-n", "a")
-    assert dtt(*command)[0] == 0  # a copy of the embedding is no other head
-    weights_changed(Path("start"), lambda w: w["lm_head.weight"].add_(1))
-    code, _, err = dtt(*command, "--fresh")
-    assert code == 4 and "lm_head.weight is not the embedding" in err
-    folder_of(BASE, "plain")
-    weights_changed(Path("plain"), lambda w: w["model.norm.bias"].add_(1))
-    code, _, err = dtt("train", *flags(), "--init-from", "plain", "-n", "b")
-    assert code == 4 and "model.norm.bias is not zero" in err
+    assert dtt("verify", "parallel", "--init-from", "start")[0] == 0
+    assert seen[0].model.vocab_size == 61 and seen[0].tokenizer.name == "file"
 
 
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda f: (f / "config.json").unlink(), "start lacks config.json: it is no model"),
-        (lambda f: (f / "config.json").write_text("{"), "start/config.json is damaged"),
-        (lambda f: (f / "config.json").write_text("[]"), "it holds no object"),
-        (lambda f: (f / "model.safetensors").unlink(), "start lacks model.safetensors"),
-        (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "start has its weights as pickles only (pytorch_model.bin)",
-        ),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "start is damaged: model.sa"),
-        (
-            lambda f: (f / "model.safetensors").write_bytes(
-                (f / "model.safetensors").read_bytes()[:-100]
-            ),
-            "start is damaged: model.safetensors",
-        ),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text(
-                '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
-            ),
-            "start lacks model-00001-of-00002.safetensors, which",
-        ),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text(
-                '{"weight_map": {"a": "../secret.safetensors"}}'
-            ),
-            "names files outside of the folder",
-        ),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "start/tokenizer.json"),
-    ],
-)
-def test_a_damaged_folder_says_which_file(
-    spoil: Callable[[Path], Any], said: str, dtt: Command
-) -> None:
-    folder, _ = folder_of()
-    spoil(folder)
-    code, _, err = dtt("train", *flags(), "--init-from", "start", "-n", "a")
-    assert code in (3, 4) and said in err and err.count("\n") == 1
-    assert not Path("runs/a").exists()
-
-
-def test_code_in_the_folder_is_refused_unless_it_is_to_be_ignored(dtt: Command) -> None:
+def test_whether_logits_were_compared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     folder, ours = folder_of()
-    edit(folder, auto_map={"AutoModelForCausalLM": "modeling.Mine"})
-    (folder / "modeling.py").write_text("open('executed', 'w')\n")
-    command = ("train", *flags(max_steps="1"), "--init-from", "start", "-n", "a")
-    code, _, err = dtt(*command)
-    assert code == 2 and "has code of its own (auto_map in config.json)" in err
-    code, out, err = dtt(*command, "--init-ignore-code")
-    assert (code, err) == (0, "") and "its logits are those of transformers" in out
-    assert not Path("executed").exists()
-    assert open_checkpoint(Path("runs/a"), "last", ("model",)).shapes("model").keys() == (
-        ours.state_dict().keys()
-    )
+    config, notes = config_of(folder), []
 
+    def said() -> str:
+        runtime = Runtime(Place(), torch.device("cpu"))
+        initial_weights(config, ours, runtime, notes.append)
+        return notes[-1].removeprefix("starting from start (LlamaForCausalLM): ")
 
-def test_other_logits_than_those_of_transformers_start_no_run(
-    dtt: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder_of(LLAMA | {"positions": Rotary(theta=5e5)})
-    whole = Model.model_validate
-
-    def other(tree: Any, **options: Any) -> Model:
-        return whole({**tree, "norm_eps": 1e-2}, **options)
-
-    monkeypatch.setattr(Model, "model_validate", other)
-    code, _, err = dtt("train", *flags(), "--init-from", "start", "-n", "a")
-    assert code == 4 and "block 0, its attention" in err and not Path("runs/a").exists()
+    needed = 8.0 * sum(tensor.numel() for tensor in ours.state_dict().values())
+    same = r"its logits are those of transformers, to \de-\d\d of their range \(fp32, up to 96 "
+    same += r"tokens\)"
+    for memory in ((needed, 64e9), (0.0, 0.0)):  # enough, and unknown
+        monkeypatch.setattr(origin, "memory", lambda memory=memory: memory)
+        assert re.fullmatch(same, said())
+    monkeypatch.setattr(origin, "memory", lambda: (needed - 1, 64e9))
+    assert said() == "not compared with transformers, for want of 0.0 GB of memory"
+    monkeypatch.setattr(origin, "find_spec", lambda name: None)
+    assert said() == "not compared with transformers, which is not installed"
 
 
 def test_learned_positions_and_rotary_ones_are_told_apart() -> None:

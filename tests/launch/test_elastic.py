@@ -21,7 +21,7 @@ from small_run import (
     wait,
 )
 
-from dtt.launch.elastic_verdict import newest_step
+from dtt.runs import newest_step
 
 pytestmark = pytest.mark.processes
 Uninterrupted = Callable[[int], Path]
@@ -92,9 +92,9 @@ def test_no_progress(folder: Path, uninterrupted: Uninterrupted) -> None:
     assert counts == ["1", "2", "3"]
     assert last == (
         "dtt train: error: rank 0 died by SIGKILL, and 3 restarts made no new checkpoint; "
-        "mend what ends it there; then the same command goes on from step 10"
+        "fix the cause; then the same command goes on from step 10"
     )
-    assert newest_step(RUN / "checkpoints") == 10
+    assert newest_step(RUN) == 10
     assert command(folder, ["train", *flags(TWO)]).code == 0
     assert_same_run(RUN, uninterrupted(2))
 
@@ -134,7 +134,7 @@ def test_an_interrupt_from_the_terminal(folder: Path, uninterrupted: Uninterrupt
     assert (done.code, done.err) == (75, "")
     assert done.out.endswith("saved; the same command goes on from there\n")
     stopped = len(losses(RUN))
-    assert 6 <= stopped < STEPS and newest_step(RUN / "checkpoints") == stopped
+    assert 6 <= stopped < STEPS and newest_step(RUN) == stopped
     assert command(folder, ["train", *flags(TWO)]).code == 0
     assert_same_run(RUN, uninterrupted(2))
 

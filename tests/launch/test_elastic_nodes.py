@@ -25,6 +25,7 @@ from small_run import (
     wait,
 )
 
+from dtt.errors import PeerError
 from dtt.launch import elastic
 from dtt.machine import free_port
 
@@ -147,12 +148,13 @@ def test_ranks_that_do_not_divide_the_batch_wait(folder: Path, launcher: Start) 
 @pytest.mark.parametrize(
     ("words", "code", "fact"),
     [
-        (["-m", "dtt", "generate", "x"], 2, "`dtt generate` needs no ranks"),
+        (["-m", "dtt", "generate", "x"], 2, "starts `dtt train`, and not `dtt generate`"),
         (["train.py", "--max-steps", "3"], 2, "starts `-m dtt train ...` and nothing else"),
         (["--nnodes", "2:1", "-m", "dtt", "train"], 2, "min_nodes"),
         (["--nproc-per-node", "3", "-m", "dtt", "train"], 2, "ranks (3); the nearest"),
         (["-m", "dtt", "train", "--max-stepz", "3"], 2, "did you mean --max-steps?"),
         (["--nnodes", "one", "-m", "dtt", "train"], 2, "launcher: "),
+        (["--nnodes", "2", "--rdzv-backend", "x", "-m", "dtt", "train"], 2, "launcher: "),
     ],
 )
 def test_arguments_that_cannot_be(
@@ -161,3 +163,17 @@ def test_arguments_that_cannot_be(
     assert elastic.main(words) == code
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("dtt train: error: ") and fact in err, err
+
+
+def test_a_place_to_meet_where_nobody_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody listens yet, or the name is not known: it is waited for, and said."""
+    soon = "is_host=0,join_timeout=8"
+    port = free_port()
+    for host, why in (("127.0.0.1", "nobody listens at"), ("nowhere.invalid", "cannot resolve")):
+        place = f"{host}:{port}"
+        words = ["--nnodes", "2", "--rdzv-endpoint", place, "--rdzv-conf", soon]
+        assert elastic.main([*words, "-m", "dtt", "train"]) == PeerError.exit_code
+        waits, ends = capsys.readouterr().err.splitlines()
+        said = f"dtt train: waiting for {place}, where the machines of this run meet: "
+        assert waits.startswith(said) and why in waits, waits
+        assert f"the machines cannot meet at {place}: " in ends and why in ends, ends

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dtt.errors import NoProgressError, PeerError
-from dtt.launch.elastic_verdict import Lost, Restarts, judge, newest_step
+from dtt.launch.elastic_verdict import Lost, Restarts, judge
+from dtt.runs import newest_step
 
 KILLED = Lost("rank 1 died by SIGKILL")
 
@@ -58,8 +59,8 @@ def test_restarts_are_counted_since_the_newest_checkpoint(tmp_path: Path) -> Non
             f"rank 1 died by SIGKILL; restart {number} of 3 without a new checkpoint, "
             "from the beginning"
         )
-    (tmp_path / "step-00000008").mkdir()
-    (tmp_path / "step-00000012.abc.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000012.abc.tmp").mkdir()
     for number in (1, 2, 3):
         restarts.count(KILLED, said.append)
         assert said[-1].endswith(f"restart {number} of 3 without a new checkpoint, from step 8")
@@ -77,5 +78,5 @@ def test_no_restarts(tmp_path: Path) -> None:
 def test_newest_step(tmp_path: Path) -> None:
     assert newest_step(tmp_path / "gone") == 0
     for step, name in itertools.product((4, 100), ("", ".old", ".1f.tmp")):
-        (tmp_path / f"step-{step:08d}{name}").mkdir()
+        (tmp_path / "checkpoints" / f"step-{step:08d}{name}").mkdir(parents=True)
     assert newest_step(tmp_path) == 100

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from small_run import flags, losses, write_text
+
+from dtt.machine import free_port
 
 pytestmark = [pytest.mark.processes, pytest.mark.thorough]
 
@@ -44,8 +44,6 @@ def environ(path: str | None = None) -> dict[str, str]:
 
 @pytest.mark.parametrize("engine", ["local", "torchrun"])
 def test_ranks_of_this_machine_train(folder: Path, engine: str) -> None:
-    if engine == "torchrun":
-        pytest.importorskip("dtt.launch.elastic")
     words = launch(f"{engine} --ranks-per-node 2", {**FEW, "name": engine})
     done = subprocess.run(words, cwd=folder, env=environ(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,7 +61,7 @@ def test_mpirun_lets_ranks_save_when_it_is_asked_to_stop(folder: Path, flavour: 
         path = folder / "bin"
         path.mkdir()
         (path / "mpirun").symlink_to(program)
-    port = 29000 + os.getpid() % 500
+    port = free_port()
     words = launch(f"mpi --ranks-per-node 2 --master-port {port}", ENDLESS)
     process = subprocess.Popen(
         words,

@@ -184,7 +184,7 @@ def test_what_cannot_succeed_is_not_tried_again(folder: Path, slurm: Cluster) ->
     shown = slurm.command("scontrol", "show", "job", job)
     found = int(re.findall(r"ExitCode=(\d+):0", shown)[0])
     assert found == 3 and re.findall(r"Restarts=(\d+)", shown) == ["0"]
-    assert ends() == [(3, [])] and "another attempt would end alike" in log(job)
+    assert ends() == [(3, [])] and "another attempt would fail the same way" in log(job)
 
 
 def test_a_chain_downloads_tokenizes_and_trains(

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dtt.metrics.loggers import MetricsFile, Reporter, perplexity, read_metrics
+from dtt.metrics.loggers import (
+    MetricsFile,
+    Reporter,
+    metrics_table,
+    perplexity,
+    read_metrics,
+)
 
 
 def written(path: Path, resumed: int, *rows: tuple[int, float]) -> None:
@@ -158,3 +164,20 @@ def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     reporter.close()
     assert capsys.readouterr() == ("", "")
     assert logging.getLogger("dtt.training").handlers == []
+
+
+def test_the_table_has_a_row_for_each_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.5},
+        {"step": 2, "val_loss": 2.75, "val_floor": None},
+        {"step": 3, "loss": 2.0},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    assert metrics_table(path) == {
+        "step": [1, 2, 3],
+        "loss": [3.0, 2.5, 2.0],
+        "val_loss": [None, 2.75, None],
+        "val_floor": [None, None, None],
+    }

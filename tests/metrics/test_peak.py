@@ -109,3 +109,18 @@ def test_a_peak_is_measured_again_where_it_was_measured(monkeypatch: pytest.Monk
     assert measure_again(cpu, FULL, Peak(3e9, "measured")) == Peak(5e9, "measured")
     assert measure_again(cpu, FULL, Peak(9e9, "measured")) == Peak(9e9, "measured")
     assert measure_again(cpu, FULL, Peak(3e9, "published")) == Peak(3e9, "published")
+
+
+def test_what_a_run_leaves_no_memory_to_measure_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: torch.device, dtype: torch.dtype) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def wrong(device: torch.device, dtype: torch.dtype) -> float:
+        raise ValueError("something else")
+
+    cpu, known = torch.device("cpu"), Peak(3e9, "measured")
+    monkeypatch.setattr(peak, "measure", full)
+    assert measure_again(cpu, FULL, known) == known
+    monkeypatch.setattr(peak, "measure", wrong)
+    with pytest.raises(ValueError, match="something else"):
+        measure_again(cpu, FULL, known)

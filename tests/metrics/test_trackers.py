@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import flags
 from wandb_server import WandbServer, history
 
 from dtt.config.schema import Logging
 from dtt.errors import ConfigError
-from dtt.metrics.background import Background
+from dtt.metrics.background import Background, close_all
 from dtt.metrics.trackers import (
     TRACKERS,
     Opening,
@@ -24,10 +29,18 @@ from dtt.metrics.trackers import (
 
 KEY = "a" * 40
 YAML = "model:\n  dim: 32\n"
+BROKEN = """
+from dtt.metrics.trackers import Wandb
+
+class Broken(Wandb):
+    def log(self, step, figures):
+        super().log(step, figures)
+        raise ConnectionError("gone")
+"""
 
 
 def opening(folder: Path, said: list[str], step: int = 0) -> Opening:
-    return Opening(folder, {"model": {"dim": 32}}, YAML, step, said.append)
+    return Opening(folder, {"model": {"dim": 32}}, YAML, step, said.append, said.append)
 
 
 def drawn(folder: Path) -> Path:
@@ -40,17 +53,26 @@ def drawn(folder: Path) -> Path:
     return folder / "loss.png"
 
 
-def fill(folder: Path, name: str, steps: range, said: list[str], step: int = 0) -> None:
-    """Do what a run does with a tracker, behind its thread; it must be well."""
-    made = Background(
-        name, lambda say: TRACKERS[name](opening(folder, said, step)), said.append, patience=60
+def behind(folder: Path, name: str, said: list[str], step: int = 0) -> Background:
+    """A tracker behind its thread; all that it says is `said`."""
+    return Background(
+        name,
+        lambda say, warn: TRACKERS[name](replace(opening(folder, [], step), say=say, warn=warn)),
+        info=said.append,
+        warn=lambda text: said.append(f"warning: {text}"),
     )
+
+
+def fill(folder: Path, name: str, steps: range, said: list[str], step: int = 0) -> None:
+    """Do what a run does with a tracker."""
+    made = behind(folder, name, said, step)
     picture = drawn(folder)
     for number in steps:
         made.log(number, {"train/loss": 1 / number, "val/floor": None})
-    made.text(steps[-1], "sample/Once", "Once upon\na time")
+        made.text(number, "sample/Once", "Once upon\na time")
+    made.text(steps[-1], "sample/The", "The end")
     made.picture(steps[-1], "loss", picture)
-    made.close()
+    close_all([made], 60)
 
 
 def events(folder: Path) -> Any:
@@ -97,6 +119,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("dtt.metrics.trackers.WANDB_FINISH_SECONDS", 60)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     yield
     wandb = pytest.importorskip("wandb")
@@ -110,17 +133,22 @@ def offline_rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.processes
 def test_wandb_without_a_key_logs_offline(tmp_path: Path, alone: None) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     said: list[str] = []
     fill(tmp_path / "run", "wandb", range(1, 4), said)
-    assert len(said) == 1 and "no key here" in said[0] and "wandb sync" in said[0]
+    wandb.teardown()  # its service writes the end of the file after it has said that it is done
+    assert len(said) == 1 and said[0].startswith("warning: W&B has no key here")
+    assert "wandb sync" in said[0]
     rows = offline_rows(tmp_path / "run")
     losses = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == {1: 1.0, 2: 0.5, 3: 1 / 3}
     assert {"samples", "loss"} <= {name.split(".")[0] for row in rows for name in row}
-    (table,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/*.json")
-    expected = [[3, "sample/Once", "Once upon\na time"]]
-    assert json.loads(table.read_text("utf-8"))["data"] == expected
+    tables = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/*.json")
+    longest = max((json.loads(table.read_text("utf-8"))["data"] for table in tables), key=len)
+    assert longest == [  # of one step
+        [3, "sample/Once", "Once upon\na time"],
+        [3, "sample/The", "The end"],
+    ]
     assert not any("val/floor" in row for row in rows)
 
 
@@ -147,6 +175,50 @@ def test_wandb_goes_on_with_the_same_run(
     assert not any(KEY.encode() in path.read_bytes() for path in held)
 
 
+@pytest.mark.processes
+def test_wandb_gives_up_on_a_server_that_died(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the time that it is given; by itself it would go on for as long as it is let."""
+    pytest.importorskip("wandb")
+    monkeypatch.setattr("dtt.metrics.trackers.WANDB_FINISH_SECONDS", 1)
+    with WandbServer() as server:
+        server.dies = True
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        said: list[str] = []
+        made = behind(tmp_path / "run", "wandb", said)
+        made.log(1, {"train/loss": 1.0})
+        close_all([made], 60)
+    assert [line.split(":")[0] for line in said] == ["W&B", "warning"]
+    (folder,) = tmp_path.glob("run/wandb/run-*")
+    text = f"W&B did not take all figures in 1 s: `wandb sync {folder}` sends the rest"
+    assert said[1] == f"warning: {text}"
+
+
+@pytest.mark.thorough
+@pytest.mark.processes
+def test_a_run_ends_though_wandb_failed_and_its_server_died(
+    folder: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has told W&B to finish then: it does so when the process ends, by itself without a
+    limit. A process as people start it, since forked ones end without atexit."""
+    pytest.importorskip("wandb")
+    Path("broken.py").write_text(BROKEN, "utf-8")
+    few = {"training.max_steps": "4", "evaluation.every": "0"}
+    words = ["train", *flags(few | {"logging.trackers": "[broken:Broken]"})]
+    with WandbServer() as server:
+        server.dies = True
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        done = subprocess.run(
+            [sys.executable, "-m", "dtt", *words],
+            capture_output=True, text=True, timeout=180, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0 and "done: 4 steps" in done.stdout, done.stderr
+    assert "failed and is left alone from here on: ConnectionError: gone" in done.stderr
+
+
 def test_mlflow_goes_on_with_the_same_run(
     tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +234,7 @@ def test_mlflow_goes_on_with_the_same_run(
     assert sorted((m.step, m.value) for m in found) == [(n, 1 / n) for n in range(1, 6)]
     assert run.info.status == "FINISHED"
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert names == {"config.yaml", "loss.png", "sample-Once"}
+    assert names == {"config.yaml", "loss.png", "sample-Once", "sample-The"}
 
 
 def test_which_trackers_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +263,23 @@ def test_a_tracker_that_is_not_there(name: str, message: str) -> None:
 def test_a_tracker_that_is_not_installed_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dtt.metrics.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("dtt.metrics.trackers.is_installed", lambda name: False)
     with pytest.raises(ConfigError, match=r"pip install 'dtt\[mlflow\]'"):
         find_tracker("mlflow")
+
+
+def test_a_folder_of_that_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ./wandb is, where a run without dtt left it."""
+    monkeypatch.setitem(TRACKERS, "no_package", TensorBoard)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "no_package").mkdir()
+    with pytest.raises(ConfigError, match="the package no_package is missing"):
+        find_tracker("no_package")
+    (tmp_path / "no_package" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert find_tracker("no_package") is TensorBoard
 
 
 def test_passwords_in_addresses_stay_here() -> None:

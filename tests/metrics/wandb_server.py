@@ -27,6 +27,8 @@ class WandbServer:
         """Rows of figures by run."""
         self.configs: dict[str, str] = {}
         self.asked: list[str] = []
+        self.dies = False
+        """Whether it is gone as soon as a client sends figures."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +47,11 @@ class WandbServer:
             def do_POST(self) -> None:
                 given = json.loads(self._body() or b"{}")
                 if self.path.endswith("/file_stream"):
+                    if server.dies:
+                        server._server.shutdown()
+                        server._server.server_close()
+                        self.close_connection = True
+                        return
                     server._keep(self.path.split("/")[-2], given)
                     self._answer({"exitcode": None, "limits": {}})
                 elif self.path == "/graphql":

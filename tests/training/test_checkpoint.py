@@ -26,7 +26,7 @@ from toy_run import (
 )
 
 from dtt.errors import CheckpointError, StorageError
-from dtt.training.checkpoint import open_checkpoint
+from dtt.training.saved import open_checkpoint
 from dtt.training.snapshot import digest, digest_of, untie, write_tensors
 
 

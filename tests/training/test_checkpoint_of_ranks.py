@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,24 @@ def test_a_rank_that_never_can_write_ends_the_run(folder: Path) -> None:
     assert done.code == 5 and len(warnings) == 2, done.err
     assert "3 saves failed in a row" in last and "rank 1: " in last and "free some space" in last
     assert saved_steps() == [4] and open_checkpoint(RUN, "last").step == 4
+
+
+@pytest.mark.processes
+def test_what_is_damaged_is_not_used_by_any_rank(folder: Path, whole: Path) -> None:
+    """Rank 1 finds it while both load; what it cannot even read keeps it from nothing."""
+    shutil.copytree(whole, RUN)
+    newest = RUN / "checkpoints" / "step-00000016"
+    for name, at in (("model-00002-of-00002.safetensors", -5), (THEIRS[5:], 0)):
+        data = bytearray((newest / name).read_bytes())
+        at = at or data.index(b"exp_avg_sq")  # the name of a tensor in the header
+        data[at] ^= 1
+        (newest / name).write_bytes(data)
+    assert losses(RUN) == losses(whole)
+    done = train(folder)
+    assert done.code == 0 and done.err.count("\n") == 1, done.err
+    assert done.err.startswith("dtt: warning: checkpoint") and "-00002-of-00002" in done.err
+    assert "falling back to the checkpoint before it" in done.err and "from step 12" in done.out
+    assert_same_run(RUN, whole)
 
 
 @pytest.mark.parametrize(

@@ -313,8 +313,8 @@ COMMANDS = {
     "evaluate": ["evaluate", RUN, "--checkpoint", "last"],
     "generate": ["generate", RUN, "--checkpoint", str(STEPS), "--prompt", "a"],
     "its folder": ["generate", NEWEST, "--prompt", "a"],
-    "resume": [*train(name="other"), "--resume", NEWEST],
-    "resume run": [*train(name="other"), "--resume", RUN],
+    "resume": [*train(name="other", training__max_steps="99"), "--resume", NEWEST],
+    "resume run": [*train(name="other", training__max_steps="99"), "--resume", RUN],
 }
 
 

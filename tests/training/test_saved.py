@@ -25,8 +25,9 @@ from toy_run import (
 
 from dtt import storage
 from dtt.errors import CheckpointError
+from dtt.runs import find_run
 from dtt.training import saved
-from dtt.training.checkpoint import find_run, open_checkpoint
+from dtt.training.saved import open_checkpoint
 
 
 @pytest.mark.parametrize("name", CONTENT)

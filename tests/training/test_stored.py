@@ -18,7 +18,8 @@ from toy_run import (
 
 from dtt.errors import CheckpointError
 from dtt.parallel.part import Part, share_of
-from dtt.training.checkpoint import Checkpoints, open_checkpoint
+from dtt.training.checkpoint import Checkpoints
+from dtt.training.saved import open_checkpoint
 from dtt.training.snapshot import Group, write_tensors
 from dtt.training.stored import StoredTensors
 

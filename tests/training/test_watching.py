@@ -1,9 +1,8 @@
-"""What a run says of itself: where its time goes, norms of its layers, traces, lack of memory."""
+"""What a run says of itself: where its time goes, norms of its layers."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import socket
@@ -22,13 +21,16 @@ from small_run import command, flags, small_config, start, synthetic_batch, wait
 from dtt.cli import main
 from dtt.config.load import load_config
 from dtt.dist import Place, Runtime
-from dtt.errors import OutOfMemoryError
 from dtt.machine import free_port
+from dtt.metrics.background import HASTE
 from dtt.metrics.loggers import read_metrics
 from dtt.metrics.meter import Cost, Meter
 from dtt.metrics.peak import Peak
+from dtt.metrics.trackers import PATIENCE, TRACKERS, Opening, TensorBoard
+from dtt.training import build
+from dtt.training import norms as norming
 from dtt.training import run as running
-from dtt.training.memory import memory_explained, remedies
+from dtt.training import state as under_way
 from dtt.training.norms import layer_norms, layers_of
 from dtt.training.state import Run
 from dtt.training.step import Stepper
@@ -94,6 +96,36 @@ def test_an_mfu_above_everything_is_said_once(
     assert not any("mfu" in row for row in rows())
 
 
+def test_a_peak_is_measured_again_until_the_meter_is_not_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at the line that finds it wrong, and not at the lines after it."""
+    known, measured = Peak(1e3, "measured"), []
+
+    def again(*given: object) -> Peak:
+        measured.append(given)
+        return known
+
+    monkeypatch.setattr(running, "find_peak", lambda device, dtype: known)
+    monkeypatch.setattr(under_way, "measure_again", again)
+    assert main(["train", *flags(FEW | {"logging.every": "1"})]) == 0
+    assert len(measured) == 1
+    assert not any("mfu" in row for row in rows())
+
+
+def test_fp8_is_shown_against_what_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With products that are not in fp8, which only some GPUs do; the peak is passed by far."""
+    monkeypatch.setattr(running, "refuse_without_fp8", lambda device: None)
+    monkeypatch.setattr(build, "use_fp8", lambda blocks: None)
+    monkeypatch.setattr(running, "find_peak", lambda device, dtype: Peak(1e3, "published"))
+    assert main(["train", *flags(FEW | {"training.fp8": "true"})]) == 0
+    out, err = capsys.readouterr()
+    assert "MFU  of 1 kFLOP/s, published, without fp8; " in out
+    assert err == "" and any(row.get("mfu", 0) > 1 for row in rows())
+
+
 def test_mfu_is_the_tested_formula(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dtt.metrics.flops import training_flops
 
@@ -131,6 +163,33 @@ def norms_of(name: str) -> dict[str, float]:
     return {key: value for key, value in found.items() if key.startswith("weight_")}
 
 
+def test_norms_are_waited_for_as_the_device_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is that of the device, and not of logging."""
+    meters: list[Meter] = []
+    waited: list[str] = []
+    make = Meter.__init__
+
+    def made(self: Meter, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        meters.append(self)
+
+    class Norms:
+        def __init__(self, model: Any, layers: list[str], runtime: Runtime) -> None:
+            self.count = len(layers)
+
+        def tolist(self) -> list[list[float]]:
+            waited.append(meters[0]._part)
+            return [[1.0] * self.count] * 2
+
+    monkeypatch.setattr(Meter, "__init__", made)
+    monkeypatch.setattr(norming, "layer_norms", Norms)
+    words = {"logging.norms_every": "2", "training.grad_clip": "null"}
+    assert main(["train", *flags(FEW | words)]) == 0
+    assert waited == ["device", "device"]
+
+
 @pytest.mark.processes
 def test_norms_are_the_same_in_every_layout(folder: Path) -> None:
     """Clipping in force: the figures are those before it."""
@@ -156,64 +215,45 @@ def test_norms_are_the_same_in_every_layout(folder: Path) -> None:
         assert norms_of(name) == pytest.approx(expected, rel=1e-3), name
 
 
-# --- profile and memory --------------------------------------------------------------------------
+# --- the end -------------------------------------------------------------------------------------
 
 
-def test_a_profile_of_chosen_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = flags(FEW | {"logging.profile": "true", "logging.profile_steps": "2-3"})
-    assert main(["train", *words]) == 0
-    out = capsys.readouterr().out
-    assert "what costs most, by itself, of " in out and "aten::" in out
-    assert "trace of steps 2-3: runs/small/profile/trace.json" in out
-    trace = json.loads(Path("runs/small/profile/trace.json").read_text("utf-8"))
-    steps = {e["name"] for e in trace["traceEvents"] if e["name"].startswith("ProfilerStep")}
-    assert len(steps) == 2
-
-
-def test_a_run_too_short_for_its_profile_says_so(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+def test_trackers_have_less_time_after_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["train", *flags(FEW | {"logging.profile": "true"})]) == 0
-    assert "no trace: the run ended before steps 6-8" in capsys.readouterr().out
+    """Since other ranks are told of it only then."""
+    given: list[float] = []
+    monkeypatch.setattr(under_way, "close_all", lambda trackers, seconds: given.append(seconds))
+    assert main(["train", *flags(FEW | {"name": "good"})]) == 0
+    monkeypatch.setattr(Stepper, "step", lambda *_: torch.empty(1 << 58))
+    assert main(["train", *flags(FEW | {"name": "bad"})]) == 70
+    assert given == [PATIENCE, HASTE]
 
 
-@pytest.mark.parametrize("asked", ["0", "8-6", "a", "1-"])
-def test_steps_that_are_none(folder: Path, asked: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *flags({"logging.profile_steps": asked})]) == 2
-    assert "profile_steps" in capsys.readouterr().err
-
-
-def test_without_memory_the_line_says_what_to_lower(
+def test_a_run_that_is_complete_opens_and_measures_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def greedy(self: Stepper, *arguments: Any) -> Any:
-        return torch.empty(1 << 58)  # what the allocator itself says to that
+    opened: list[str] = []
 
-    monkeypatch.setattr(Stepper, "step", greedy)
-    assert main(["train", *flags()]) == 70
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "out of memory on cpu: " in err
-    assert "set training.micro_batch_size 4 (it is 8; the batch stays 8, in more forwards)" in err
-    assert "or set training.gradient_checkpointing true" in err
+    def peak(*given: object) -> Peak:
+        opened.append("peak")
+        return Peak(1e13, "measured")
 
+    class Mine(TensorBoard):
+        def __init__(self, opening: Opening) -> None:
+            opened.append("tracker")
+            super().__init__(opening)
 
-def test_what_lowers_memory() -> None:
-    three = {"training.batch_size": "9", "training.accumulation": "3"}
-    first = remedies(small_config(three), CPU)[0]
-    assert first.startswith("set training.micro_batch_size 1 and training.accumulation null (it")
-    least = {"training.micro_batch_size": "1", "training.gradient_checkpointing": "true"}
-    assert remedies(small_config(least), CPU) == [
-        "set model.context 16 (it is 32), or take a smaller model"
-    ]
-    two = Runtime(Place(0, 2, 0, 2, "test"), torch.device("cpu"))
-    assert any("parallel.shard -1" in line for line in remedies(small_config(), two))
-
-
-def test_only_a_lack_of_memory_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="other"), memory_explained(small_config(), CPU, tmp_path):
-        raise ValueError("other")
-    with pytest.raises(OutOfMemoryError), memory_explained(small_config(), CPU, tmp_path):
-        raise MemoryError
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(running, "find_peak", peak)
+    monkeypatch.setitem(TRACKERS, "tensorboard", Mine)
+    words = flags(FEW | {"logging.tensorboard": "true"})
+    assert main(["train", *words]) == 0
+    assert sorted(opened) == ["peak", "tracker"]
+    capsys.readouterr()
+    assert main(["train", *words]) == 0
+    assert "is already complete: 4 steps" in capsys.readouterr().out
+    assert sorted(opened) == ["peak", "tracker"]
 
 
 # --- other ranks, other machines -----------------------------------------------------------------

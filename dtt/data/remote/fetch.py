@@ -42,9 +42,9 @@ PRIVATE = {"authorization", "cookie", "proxy-authorization"}
 OFFLINE = ("1", "true", "yes", "on")
 
 
-def is_offline() -> bool:
+def is_offline(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment forbids to use the network (HF_HUB_OFFLINE)."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in OFFLINE
+    return environ.get("HF_HUB_OFFLINE", "").lower() in OFFLINE
 
 
 class Fetcher:

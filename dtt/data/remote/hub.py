@@ -225,12 +225,8 @@ def _explanation(error: Exception, settings: Hub, endpoint: str, token: str | No
     kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
     text = " ".join(str(error).split())[:300]
     name = settings.dataset
-    for cause in causes(error):
-        response = getattr(cause, "response", None)
-        status = getattr(response, "status_code", 0)
-        if is_temporary(status) if status else of_network(cause):
-            after = response.headers.get("Retry-After") if response is not None else None
-            return TemporaryError(f"HTTP status {status}" if status else text, retry_after(after))
+    if (problem := temporary(error)) is not None:
+        return problem
     # `datasets` says it in a DatasetNotFoundError that may have lost its cause.
     if "GatedRepoError" in kinds or "is a gated dataset" in text:
         return _gated(settings, endpoint, token)
@@ -248,6 +244,22 @@ def _explanation(error: Exception, settings: Hub, endpoint: str, token: str | No
     if isinstance(error, OSError | ValueError):
         return DataError(f"{name}: {text}", "name its files with data.source.files")
     return error
+
+
+def temporary(error: BaseException) -> TemporaryError | None:
+    """Return the failure of the network, or of a busy server, that led to an error, with the time
+    that the server asks for; None: another try would end alike."""
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in causes(error)):
+        return None
+    for cause in causes(error):
+        response = getattr(cause, "response", None)
+        status = getattr(response, "status_code", 0)
+        if response is not None and is_temporary(status):
+            after = retry_after(response.headers.get("Retry-After"))
+            return TemporaryError(f"HTTP status {status}", after)
+        if not status and of_network(cause):
+            return TemporaryError(" ".join(str(cause).split())[:300] or type(cause).__name__)
+    return None
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from dtt.errors import PeerError
-from dtt.pmi import share
+from dtt.rendezvous.pmi import share
 
 Answer = Callable[[str], str]
 

@@ -93,8 +93,10 @@ class Room:
 
     def missing(self) -> list[int]:
         """Return the ranks that have not left a card."""
-        ranks = range(self.card.ranks)
-        return [rank for rank in ranks if not self.store.check([f"rank/{rank}"])]
+        return self._lacking("rank")
+
+    def _lacking(self, kind: str) -> list[int]:
+        return [rank for rank in range(self.card.ranks) if not self.store.check([f"{kind}/{rank}"])]
 
     def close(self, cards: Sequence[Card]) -> None:
         """Let the others know that all have come, and who they are."""
@@ -107,6 +109,21 @@ class Room:
     def cards(self) -> tuple[Card, ...]:
         """Return the cards of all, by rank, of a room that is closed."""
         return tuple(Card(**card) for card in json.loads(self.store.get("complete")))
+
+    # --- reaching each other ---
+
+    def link(self) -> None:
+        """Let the others know that this rank has reached every host."""
+        self.store.set(f"linked/{self.card.rank}", "1")
+        self.store.add("linked", 1)
+
+    def linked(self) -> int:
+        """Return how many ranks have reached every host."""
+        return self.store.add("linked", 0)
+
+    def unlinked(self) -> list[int]:
+        """Return the ranks that have not."""
+        return self._lacking("linked")
 
     # --- signs of life ---
 
@@ -133,9 +150,13 @@ class Room:
 
     # --- reasons to end ---
 
+    def has_ended(self) -> bool:
+        """Return whether there is a reason to end."""
+        return self.store.check(["problem"])
+
     def heed(self) -> None:
         """Raise the reason to end that another rank has left, if there is one."""
-        if self.store.check(["problem"]):
+        if self.has_ended():
             reason = json.loads(self.store.get("problem"))
             self.store.add("heeded", 1)
             self._raise(reason)
@@ -176,7 +197,7 @@ class Clock:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.begun = seconds, time.monotonic()
         self.paused = self.begun
-        """When it was last asked for a pause."""
+        """When it was last asked for a pause, or something went on."""
         self._next = FIRST_WORD
 
     @property
@@ -191,13 +212,17 @@ class Clock:
     def over(self) -> float:
         return max(0.0, self.elapsed - self.seconds)
 
+    def go_on(self) -> None:
+        """Note that something went on."""
+        self.paused = time.monotonic()
+
     def pause(self, what: Callable[[], str] | None, longest: float = 0.05) -> None:
         """Sleep for a moment; after some time without success say `what` is waited for."""
         if what is not None and self.elapsed > self._next:
             self._next *= 3
             said = f"dtt: {what()} ({self.elapsed:.0f} s of {self.seconds:.0f} s)"
             print(said, file=sys.stderr, flush=True)
-        self.paused = time.monotonic()
+        self.go_on()
         interval = min(max(0.001, self.elapsed / 10), longest)  # late by a tenth at most
         time.sleep(min(interval, self.left or interval))
 

@@ -15,21 +15,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import secrets
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from dtt import network, pmi
+from dtt import network
 from dtt.errors import PeerError, RankError
+from dtt.machine import Task, bounded, free_port
 from dtt.place import Place, Point
-from dtt.room import Card, Clock, Room, difference, names_of
+from dtt.rendezvous import pmi
+from dtt.rendezvous.room import Card, Clock, Room, difference, names_of
 
 PATIENCE = 30.0
 """Seconds to wait for a taken port: the run before may be about to end."""
@@ -69,13 +71,13 @@ def meet(place: Place, point: Point, card: Card, seconds: float) -> Met:
         meeting = _Meeting(place, point, card, Clock(seconds))
         # In a thread of its own, as the store and the resolver of names neither let signals
         # through nor keep time when the network fails in the midst of an answer.
-        task = network.Task(meeting.hold)
+        task = Task(meeting.hold)
         try:
             while not task.wait(SILENCE / 10):
                 meeting.refuse_silence()
         except (KeyboardInterrupt, SystemExit):
             with contextlib.suppress(TimeoutError):
-                network.bounded(meeting.excuse, 1.0)
+                bounded(meeting.excuse, 1.0)
             raise
         return task.result()
 
@@ -125,10 +127,9 @@ class _Meeting:
         value = ""
         if self.presides:
             one_host = self.place.local_ranks == self.place.ranks
-            host = "127.0.0.1" if one_host else os.environ.get("PMI_HOSTNAME", self.card.host)
-            with network.listen(0) as probe:
-                value = f"{host}:{probe.getsockname()[1]}"
-        launch, value = pmi.share(int(os.environ["PMI_FD"]), value, self.clock.left)
+            host = "127.0.0.1" if one_host else self.point.host or self.card.host
+            value = f"{host}:{free_port()}"
+        launch, value = pmi.share(self.point.descriptor, value, self.clock.left)
         host, _, port = value.rpartition(":")
         self.point = replace(self.point, address=host, port=int(port))
         self.card = replace(self.card, launch=launch)
@@ -266,7 +267,7 @@ class _Meeting:
             raise dist.DistError("no store")
         self.card = replace(self.card, address=self.card.address or mine)
         try:
-            return network.bounded(lambda: TCPStore(host, port, None, False, STORE, False), seconds)
+            return bounded(lambda: TCPStore(host, port, None, False, STORE, False), seconds)
         except TimeoutError:  # it waits for ever for the answers of what is no store
             raise dist.DistError("no answer") from None
 
@@ -279,20 +280,28 @@ class _Meeting:
                 token, chair = heading["token"], Card(**heading["card"])
                 if chair.launch != self.card.launch:
                     return None
-                room = self._open(store, token)
-                self._refuse_other_size(room, chair)
-                self.room = room if room.enter() else None
-                if self.room is None and not self.point.served:
-                    if room.is_closed():
-                        return None
-                    self._refuse_double(room)
-                # Under torchrun it is the room of ranks before a restart: another one will come.
+                if not self._come_into(self._open(store, token), chair):
+                    return None
             if self.room is not None:
                 self.room.heed()
                 if self.room.is_closed():
                     return Met(self.room, self.room.cards())
                 self.room.beat()
             self._wait(self.room)
+
+    def _come_into(self, room: Room, chair: Card) -> bool:
+        """Enter a room, if nobody has this rank's place in it; False: it is another launch's."""
+        if self.point.served and room.has_ended():
+            self.room = None
+            return True
+        self._refuse_other_size(room, chair)
+        self.room = room if room.enter() else None
+        if self.room is None and not self.point.served:
+            if room.is_closed():
+                return False
+            self._refuse_double(room)
+        # torchrun keeps one store: without a room, that one is of before a restart.
+        return True
 
     def _refuse_other_size(self, room: Room, chair: Card) -> None:
         if chair.ranks != self.card.ranks:
@@ -332,7 +341,9 @@ class _Meeting:
         room.fail(error)
 
     def _absent(self, room: Room | None) -> str:
-        ranks = [0] if room is None else room.missing()
+        return self._names([0] if room is None else room.missing())
+
+    def _names(self, ranks: Sequence[int]) -> str:
         return names_of(ranks, self.place.ranks, self.point.nodes, self.place.local_ranks)
 
     def _prove_links(self, met: Met) -> None:
@@ -341,17 +352,21 @@ class _Meeting:
         for card in met.cards:
             homes.setdefault(card.home, []).append(card)
         mine = met.cards[self.place.rank]
-        turn = homes[mine.home].index(mine)
+        turn, room = homes[mine.home].index(mine), met.room
+        self.clock = Clock(max(self.clock.left, len(homes) * CONNECTING))
         for home, cards in homes.items():
             if home != mine.home:
-                self._prove_link(met.room, mine, cards[turn % len(cards)])
-        met.room.store.add("linked", 1)
-        clock = Clock(max(self.clock.left, len(homes) * CONNECTING))
-        while met.room.store.add("linked", 0) < self.place.ranks:
-            met.room.heed()
-            if not clock.left:
-                met.room.fail(PeerError("the ranks did not all reach each other", "start again"))
-            clock.pause((lambda: "waiting for all hosts to connect") if self.presides else None)
+                self._prove_link(room, mine, cards[turn % len(cards)])
+                self.clock.go_on()
+        room.link()
+        while room.linked() < self.place.ranks:
+            room.heed()
+            if not self.clock.left and (late := room.unlinked()):
+                what = f"{self._names(late)} did not reach all hosts within"
+                fix = "see their messages, and look at the network between the hosts"
+                room.fail(PeerError(f"{what} {self.clock.seconds:.0f} s", fix))
+            waiting = lambda: f"waiting for {self._names(room.unlinked())} to reach all hosts"  # noqa: E731
+            self.clock.pause(waiting if self.presides else None)
 
     def _prove_link(self, room: Room, mine: Card, other: Card) -> None:
         try:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from dtt import alarm, dist, machine, room
-from dtt.errors import EXIT_INTERNAL, DttError
+from dtt import dist, machine
+from dtt.errors import EXIT_INTERNAL, EXIT_PREEMPTED, DttError
 from dtt.place import find_place
+from dtt.rendezvous import alarm, room
 from dtt.reporting import report_error
 from dtt.training.preemption import exit_on_preemption
 
@@ -125,6 +126,8 @@ def _meet(seconds: float, facts: dict[str, str], fail: str) -> int:
                 time.sleep(PATIENCE)
             if fail == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if fail == "stop":
+                raise SystemExit(EXIT_PREEMPTED)
             total = float(runtime.sum(torch.ones(1))[0])
             interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
             print(f"met {total:.0f} through {interface}", flush=True)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from dtt.errors import DttError, LostRankError, OtherRankError
-from dtt.network import bounded
-from dtt.room import Card, Room
+from dtt.machine import bounded
+from dtt.rendezvous.room import Card, Room
 
 PERIOD = 1.0
 """Seconds between two looks at the store."""
@@ -30,10 +30,13 @@ GRACE = 10.0
 
 
 class Alarm:
-    """Begins to listen when it is made; `close` before the process group ends."""
+    """Begins to listen when it is made; `close` before the process group ends.
 
-    def __init__(self, room: Room, cards: tuple[Card, ...]) -> None:
-        self._room, self._cards = room, cards
+    `served`: the store is a launcher's, which deals with lost ranks by itself.
+    """
+
+    def __init__(self, room: Room, cards: tuple[Card, ...], served: bool) -> None:
+        self._room, self._cards, self._served = room, cards, served
         self._closed = threading.Event()
         self._heard = ""
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
@@ -59,7 +62,8 @@ class Alarm:
         store = self._room.store
         known = isinstance(error, OtherRankError)
         if known or store.compare_set("failed", "", reason).decode() != reason:
-            store.add("heard", 1)  # it ends for the same reason
+            if not self._heard:  # else it has been counted
+                store.add("heard", 1)  # it ends for the same reason
             return
         self._linger()
 
@@ -93,13 +97,18 @@ class Alarm:
             os._exit(LostRankError.exit_code)
 
     def _look(self) -> bool:
-        """Take up the reason of the first rank that failed, if any; False if the store has gone."""
+        """Take up the reason of the first rank that failed, if any; False: there will be none."""
+        store = self._room.store
         try:
-            if not self._heard and self._room.store.check(["failed"]):
-                first = json.loads(self._room.store.get("failed"))
+            if not self._heard and store.check(["failed"]):
+                first = json.loads(store.get("failed"))
                 card = self._cards[first["rank"]]
-                self._heard = f"rank {card.rank} on {card.host} failed: {first['what']}"
-                self._room.store.add("heard", 1)
+                if card.rank != self._room.card.rank:  # which waits for the others to hear it
+                    self._heard = f"rank {card.rank} on {card.host} failed: {first['what']}"
+                    store.add("heard", 1)
         except dist.DistError:
-            return False
+            if self._served:
+                return False
+            # The store went with rank 0. If that ended well, so does this rank, before GRACE.
+            self._heard = self._heard or f"rank 0 on {self._cards[0].host} was lost"
         return True

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from meeting_ranks import Ended, Rank, by_hand, free_port
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from dtt.room import Card, difference, names_of
+from dtt.errors import PeerError
+from dtt.place import Place, Point, find_place, launch_name
+from dtt.rendezvous import meet
+from dtt.rendezvous.room import Card, Clock, Room, difference, names_of
 
 processes = pytest.mark.processes
 HERE = socket.gethostname()
@@ -323,7 +330,90 @@ def test_a_rank_that_is_killed_is_a_loss(tmp_path: Path, port: str) -> None:
     )
 
 
+@processes
+def test_the_loss_of_rank_0_is_noticed_by_a_rank_that_does_not_come_back(
+    tmp_path: Path, port: str
+) -> None:
+    """Its store went with it, so that it leaves no reason."""
+    ranks = [Rank(tmp_path, "0", by_hand(0, 2, port), fail="kill")]
+    ended = every([*ranks, Rank(tmp_path, "1", by_hand(1, 2, port), fail="hang")])
+    assert [rank.code for rank in ended] == [-signal.SIGKILL, 7]
+    assert ended[1].err == f"dtt: error: rank 0 on {HERE} was lost; the same command goes on\n"
+
+
+@processes
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_hear_of_a_rank_that_a_signal_stops(
+    tmp_path: Path, port: str, rank: int
+) -> None:
+    fails = ["hang", "hang"]
+    fails[rank] = "stop"
+    ended = every([Rank(tmp_path, str(r), by_hand(r, 2, port), fail=fails[r]) for r in (0, 1)])
+    assert (ended[rank].code, ended[1 - rank].code) == (75, 7)
+    assert f"rank {rank} on {HERE} failed: it was stopped by a signal" in ended[1 - rank].err
+
+
+# --- hosts ---------------------------------------------------------------------------------------
+
+
+class Host:
+    """Rank 0 of a meeting of ranks that are, by their cards, on a host each."""
+
+    def __init__(self, ranks: int, seconds: float) -> None:
+        cards = tuple(Card(r, ranks, home=f"home{r}", address="127.0.0.1") for r in range(ranks))
+        point = Point("127.0.0.1", 29500, "here")
+        self.meeting = meet._Meeting(Place(ranks=ranks), point, cards[0], Clock(seconds))
+        room = Room(HashStore(), "token", cards[0], serves=False, quiet=False)
+        self.met = meet.Met(room, cards)
+
+    def prove(self) -> None:
+        self.meeting._prove_links(self.met)
+
+
+def test_time_goes_on_with_every_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else rank 0 would count as silent where there are many hosts."""
+    host, seen = Host(5, 0.0), []
+
+    def reach(*words: object) -> None:
+        seen.append(host.meeting.clock.paused)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(meet.network, "reach", reach)
+    host.met.room.store.add("linked", 4)
+    host.prove()
+    assert len(seen) == 4 and seen == sorted(set(seen))
+    assert host.meeting.clock.paused > seen[-1]
+
+
+def test_ranks_that_do_not_reach_all_hosts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(4, 0.0)
+    monkeypatch.setattr(meet.network, "reach", lambda *words: None)
+    monkeypatch.setattr(meet, "CONNECTING", 0.02)
+    host.met.room.store.set("linked/2", "1")
+    host.met.room.store.add("linked", 1)
+    with pytest.raises(PeerError, match=r"ranks 1, 3 of 4 did not reach all hosts within 0 s"):
+        host.prove()
+
+
 # --- torchrun ------------------------------------------------------------------------------------
+
+
+@processes
+def test_a_room_that_ended_before_a_restart_is_left_alone(tmp_path: Path, port: str) -> None:
+    """torchrun's agent keeps one store, and a rank may come to it before the new rank 0."""
+    more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "7"}
+    environ = [by_hand(r, 2, port, MASTER_ADDR="127.0.0.1", **more) for r in (0, 1)]
+    store = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    chair = Card(0, 2, launch_name(find_place(environ[0]), environ[0], ()))
+    room = Room(store, "before", chair, serves=False, quiet=False)
+    assert room.enter()
+    room.leave_reason(PeerError("rank 0 was stopped while the ranks met", "start again"))
+    store.set(meet.ROUND, json.dumps({"token": "before", "card": asdict(chair)}))
+    first = Rank(tmp_path, "1", environ[1])
+    first.said("waiting for rank 0 of 2")
+    ended = every([first, Rank(tmp_path, "0", environ[0])])
+    assert [rank.code for rank in ended] == [0, 0], ended
+
 
 WORKER = """
 import os, signal, sys, torch
