@@ -13,8 +13,8 @@ import torch
 
 from dtt import storage
 from dtt.config.load import to_yaml
-from dtt.config.model import HfModel, Model
-from dtt.config.schema import Config, Training
+from dtt.config.model import Model
+from dtt.config.schema import Config
 from dtt.data.corpora import Corpora, open_corpora, prepare_corpora
 from dtt.data.loader import Loader
 from dtt.data.progress import progress
@@ -34,7 +34,6 @@ from dtt.metrics.trackers import (
     without_passwords,
 )
 from dtt.model.decoder import count_active_parameters, count_parameters
-from dtt.model.fp8 import refuse_without_fp8
 from dtt.model.language_model import LanguageModel
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
@@ -45,7 +44,7 @@ from dtt.tokenizer import Tokenizer
 from dtt.training.batching import require_layout
 from dtt.training.build import build_model, build_stepper, load_optimizer
 from dtt.training.checkpoint import Checkpoints
-from dtt.training.engine import refuse_for_engine, require_engine
+from dtt.training.engine import require_engine
 from dtt.training.folder import (
     refuse_foreign_folder,
     remove_old_run,
@@ -56,6 +55,7 @@ from dtt.training.load import check_weights, saved_config
 from dtt.training.memory import memory_explained, remember_allocations
 from dtt.training.profile import StepProfiler
 from dtt.training.proof import Proof, build_whole
+from dtt.training.refusals import refuse_documents, refuse_settings
 from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
@@ -130,16 +130,15 @@ def _build(
     steps = _steps(config, loader)
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
-    _refuse_settings(config, runtime.device, layout, dtype)
+    refuse_settings(config, runtime.device, layout, dtype)
     model = build_model(config, dtype)
     parameters = count_parameters(model), count_active_parameters(model)
     names = [name for name, _ in model.named_parameters()]
     choose = partial(
         _share_checkpoint, config, runtime, corpora, checkpoints, resume, fresh, reporter
     )
-    build = partial(_from_checkpoint, config, layout, dtype, runtime, reporter)
+    build = partial(_from_checkpoint, config, layout, loader, dtype, runtime, reporter)
     stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
-    _refuse_documents(stepper.model.stages[0].model, loader)
     is_over = state.is_complete(steps) and config.training.engine == "dtt"  # a Trainer may go back
     shows, left = runtime.is_main and not is_over, steps - state.step
     if runtime.is_main:
@@ -169,14 +168,10 @@ def _build(
     return run
 
 
-def _refuse_documents(model: LanguageModel, loader: Loader) -> None:
-    if model.isolates is False and any(source.isolate is not None for source in loader.sources):
-        raise model.cannot_isolate()
-
-
 def _from_checkpoint(
     config: Config,
     layout: Layout,
+    loader: Loader,
     dtype: torch.dtype,
     runtime: Runtime,
     reporter: Reporter,
@@ -185,6 +180,7 @@ def _from_checkpoint(
     model = build_model(config, dtype)
     weights = _weights(config, model, runtime, proof, reporter)
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
+    refuse_documents(model, loader)
     return stepper, _restore(proof, stepper)
 
 
@@ -212,49 +208,6 @@ def _metrics(
     write_run_files(config, corpora.tokenizer, folder)
     trim_lines(folder / "samples.jsonl", step)
     return MetricsFile(folder / "metrics.jsonl", step)
-
-
-def _refuse_settings(
-    config: Config, device: torch.device, layout: Layout, dtype: torch.dtype
-) -> None:
-    """Raise ConfigError for what this device or this layout cannot do."""
-    training = config.training
-    if isinstance(config.model, HfModel):
-        _refuse_for_transformers(training)
-    if training.compile and layout.pipeline > 1 and config.parallel.schedule == "zero-bubble":
-        raise ConfigError(
-            "training.compile does not go with parallel.schedule zero-bubble",
-            "use another schedule, or leave compile off",
-        )
-    if training.compile and training.gradient_checkpointing and training.recompute == "selective":
-        raise ConfigError(
-            "training.recompute selective saves nothing in compiled blocks",
-            "leave one of the two off: the compiler chooses what it keeps",
-        )
-    if not layout.is_plain and dtype == torch.float16:
-        raise ConfigError(f"fp16 does not go with {layout}", "use bf16 or fp32")
-    refuse_for_engine(training, layout, dtype)
-    if config.training.fp8:
-        refuse_without_fp8(device)
-    if config.parallel.offload and config.optimizer.name == "muon" and device.type != "cpu":
-        raise ConfigError(
-            "parallel.offload has the optimizer work on the CPU, which is too slow for muon",
-            "use optimizer.name adamw, or leave offload off",
-        )
-
-
-def _refuse_for_transformers(training: Training) -> None:
-    """Raise ConfigError for what dtt does in its own decoder only."""
-    wanted = {
-        "training.fp8": training.fp8,
-        "training.recompute selective": training.recompute == "selective",
-        "training.recompute_every": training.recompute_every > 1,
-    }
-    for name in (name for name, on in wanted.items() if on):
-        raise ConfigError(
-            f"{name} is for dtt's own decoder, not for a model of transformers",
-            "leave it out, or use model.name decoder",
-        )
 
 
 def _require_packages(config: Config) -> None:
