@@ -82,7 +82,7 @@ def _recorded(config: Config) -> Config | None:
     for path in paths:
         with suppress(DttError):  # training will say what is wrong with it
             found = saved_config(read(path, ()))
-            return found if found.init_from else None
+            return found if found.is_described_elsewhere else None
     return None
 
 
@@ -118,7 +118,14 @@ def _with_their_model(config: Config, model: HfModel, fresh: bool) -> Config:
                 "model.name hf needs model.architecture, or init_from",
                 "give a model_type (gpt2, llama, ...), a folder or ORG/NAME",
             )
-        return config.model_copy(update={"model": _described(model, config.init_ignore_code)})
+        try:
+            found_model = _described(model, config.init_ignore_code)
+        except DttError:
+            recorded = None if fresh else _recorded(config)
+            if recorded is None or _architecture(recorded) in (None, model.architecture):
+                raise
+            return _as_recorded(config, recorded)  # what described it is not here any more
+        return config.model_copy(update={"model": found_model})
     try:
         origin = _find(config, fresh)
         found = _config_json(origin.folder, config.init_ignore_code)
@@ -141,6 +148,10 @@ def _with_their_model(config: Config, model: HfModel, fresh: bool) -> Config:
     if "tokenizer" not in config.model_fields_set:
         changes["tokenizer"] = _tokenizer(origin.folder)
     return config.model_copy(update=changes)
+
+
+def _architecture(config: Config) -> str | None:
+    return config.model.architecture if isinstance(config.model, HfModel) else None
 
 
 def _described(model: HfModel, ignore_code: bool) -> HfModel:

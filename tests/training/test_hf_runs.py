@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -142,6 +143,29 @@ def test_a_folder_describes_a_model_without_giving_its_weights(
     ).model
     assert (found.architecture, found.layers, found.dim, found.heads) == ("gpt2", 3, 48, 6)
     assert found.vocab_size is None and found.settings["max_position_embeddings"] == 288
+
+
+def test_a_run_goes_on_without_the_folder_that_described_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.txt")
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    transformers.GPT2Config(**sizes).save_pretrained(tmp_path / "their")
+    described = GPT2 | {"model.architecture": "their", "model.settings": None}
+    train(tmp_path, described | {"training.max_steps": "2"})
+    shutil.rmtree(tmp_path / "their")
+    done = train(tmp_path, described | {"training.max_steps": "4"})
+    assert "continuing runs/small from step 2" in done.out
+    missing = command(tmp_path, ["train", *flags(described | {"name": "other"})])
+    assert missing.code == 2 and "no causal language model 'their'" in missing.err
+
+
+def test_the_engine_of_lightning_trains_it_alike(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    one, two = two_folders(tmp_path)
+    short = GPT2 | {"training.max_steps": "6"}
+    train(one, short)
+    train(two, short | {"training.engine": "lightning"})
+    ours, theirs = losses(one / RUN), losses(two / RUN)
+    assert all(abs(theirs[step] / ours[step] - 1) < 1e-6 for step in ours) and len(ours) == 6
 
 
 def test_weights_are_read_by_their_names_and_what_is_missing_is_named(
