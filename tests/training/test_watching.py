@@ -27,7 +27,7 @@ from dtt.metrics.loggers import read_metrics
 from dtt.metrics.meter import Cost, Meter
 from dtt.metrics.peak import Peak
 from dtt.metrics.trackers import PATIENCE, TRACKERS, Opening, TensorBoard
-from dtt.training import build
+from dtt.training import build, refusals
 from dtt.training import norms as norming
 from dtt.training import run as running
 from dtt.training import state as under_way
@@ -117,7 +117,7 @@ def test_fp8_is_shown_against_what_is_none(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With products that are not in fp8, which only some GPUs do; the peak is passed by far."""
-    monkeypatch.setattr(running, "refuse_without_fp8", lambda device: None)
+    monkeypatch.setattr(refusals, "refuse_without_fp8", lambda device: None)
     monkeypatch.setattr(build, "use_fp8", lambda blocks: None)
     monkeypatch.setattr(running, "find_peak", lambda device, dtype: Peak(1e3, "published"))
     assert main(["train", *flags(FEW | {"training.fp8": "true"})]) == 0
