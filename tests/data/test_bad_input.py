@@ -415,6 +415,7 @@ print("torch" in sys.modules, peak >> 10)
 
 
 @pytest.mark.processes
+@pytest.mark.thorough
 def test_memory_is_bounded_whatever_the_input(tmp_path):
     """A word of 10 MB, which a tokenizer is trained on too, a line of 200 MB, and a bomb."""
     rng = random.Random(0)

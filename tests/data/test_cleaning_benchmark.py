@@ -46,6 +46,7 @@ def test_dtt_removes_the_later_one(dedup, tmp_path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.thorough
 def test_it_prints_its_tables() -> None:
     command = [sys.executable, str(FOLDER / "dedup.py"), "--quick", "--documents", "60"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)

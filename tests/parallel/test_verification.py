@@ -68,6 +68,7 @@ def test_every_preset_trains_alike_in_every_layout(
     assert shown.count(" same") == len(going) - refused and "DIFFERS" not in shown
 
 
+@pytest.mark.thorough
 def test_dropout_is_the_same_in_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(model=Model(dropout=0.1))
     assert shrink(config.model).dropout == 0.1
@@ -120,7 +121,9 @@ def apart(found: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, fl
     return losses, norms, max(gradients)
 
 
-@pytest.mark.parametrize("preset", ["dtt-base", "llama-3-8b"])
+@pytest.mark.parametrize(
+    "preset", ["dtt-base", pytest.param("llama-3-8b", marks=pytest.mark.thorough)]
+)
 def test_bf16_differs_by_its_rounding_only(preset: str) -> None:
     """From one process in bf16, which differs from fp32 by 4e-6, 2e-3 and 2e-2; layouts by 1.1e-5,
     2.3e-3 (of TP, which rounds before it divides by the targets) and 1.2e-2."""

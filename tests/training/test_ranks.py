@@ -143,7 +143,8 @@ DENSE = {
     ("layouts", "model", "optimizer", "off", "moved"),
     [
         (LAYOUTS, DENSE, "adamw", 1e-6, 2e-4),
-        (LAYOUTS, DENSE, "muon", 1e-4, 6e-2),  # it orthogonalizes in bf16
+        # Muon orthogonalizes in bf16.
+        pytest.param(LAYOUTS, DENSE, "muon", 1e-4, 6e-2, marks=pytest.mark.thorough),
         (MIXTURES, EXPERTS, "adamw", 1e-6, 2e-4),
     ],
     ids=["adamw", "muon", "experts"],
