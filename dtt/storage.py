@@ -173,21 +173,39 @@ def remove(path: Path) -> None:
         path.rmdir()
 
 
-def file_digest(path: Path, hashing: Hashing = hashlib.sha256) -> str:
-    """Return the hash of a file in hexadecimal; memory use does not depend on its size."""
+def file_digest(
+    path: Path, hashing: Hashing = hashlib.sha256, passed: Callable[[int], None] | None = None
+) -> str:
+    """Return the hash of a file in hexadecimal; memory use does not depend on its size.
+
+    `passed` is told after each block how many bytes are hashed.
+    """
     digest = hashing()
     with storage_errors(path, "read"):
         file = os.open(path, os.O_RDONLY)
         try:
-            left = os.fstat(file).st_size
+            size = left = os.fstat(file).st_size
             # Not a whole block for each of a thousand small files, nor a second read for its end.
             buffer = memoryview(bytearray(min(left, BLOCK)))
             while left > 0 and (count := os.readv(file, [buffer])):
                 digest.update(buffer[:count])
                 left -= count
+                if passed is not None:
+                    passed(size - left)
         finally:
             os.close(file)
     return digest.hexdigest()
+
+
+def expect(path: Path, size: int) -> None:
+    """Tell the system that the first bytes of a file will be read soon; it does not wait."""
+    if hasattr(os, "posix_fadvise"):
+        with storage_errors(path, "read"):
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, 0, size, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
 
 class RunLock:

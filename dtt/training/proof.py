@@ -6,10 +6,13 @@ idle, so that both together take little longer than reading it once.
 
 from __future__ import annotations
 
+import itertools
+import math
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -61,9 +64,10 @@ class Proof:
         self.saved, self._runtime = saved, runtime
         self._problems: list[Exception] = []
         names = saved.tensor_files[runtime.rank :: runtime.ranks]
+        self._passes = {name: _Pass(saved.manifest["files"][name]["size"]) for name in names}
         # More threads than cores, since they wait for the disk, too.
         self._pool = ThreadPoolExecutor(min(len(names), 2 * cores()) or 1)
-        self._hashes = [self._pool.submit(saved.prove, name) for name in names]
+        self._hashes = [self._pool.submit(self._prove, name) for name in names]
 
     def __enter__(self) -> Proof:
         return self
@@ -78,7 +82,9 @@ class Proof:
 
     def group(self, name: str) -> UnprovenGroup:
         """Return the tensors of one group, which may turn out to be damaged."""
-        return UnprovenGroup(self.saved, name, self._problems)
+        files = self.saved.manifest["tensors"].get(name, {"files": ()})["files"]
+        passes = [self._passes[file] for file in files if file in self._passes]
+        return UnprovenGroup(self.saved, name, self._problems, passes)
 
     def end(self, problem: CheckpointError | None) -> str | None:
         """Wait until all ranks have proved their share; return what is damaged, None if nothing is.
@@ -94,6 +100,31 @@ class Proof:
             raise problems[0]
         return damaged
 
+    def _prove(self, name: str) -> None:
+        try:
+            self.saved.prove(name, self._passes[name].reach)
+        finally:
+            self._passes[name].reach(None)
+
+
+class _Pass:
+    """How far the hashing of a file is; what it has passed is in memory."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._share = max(size, 1), 0.0
+        self._changed = threading.Condition()
+
+    def reach(self, count: int | None) -> None:
+        """Take note that so many bytes are hashed; None: it is over, well or not."""
+        with self._changed:
+            self._share = 1.0 if count is None else count / self._size
+            self._changed.notify_all()
+
+    def wait_for(self, share: float) -> None:
+        """Wait until so much of the file is hashed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._share >= share)
+
 
 @dataclass(frozen=True)
 class UnprovenGroup:
@@ -101,12 +132,14 @@ class UnprovenGroup:
 
     Reading never fails, so that no rank leaves the others while they build the model: what it meets
     is kept in `problems`. What the files say of their tensors may be damaged, too, and so anything
-    can go wrong.
+    can go wrong. A tensor is read once the hashing of this rank's files, which have all tensors in
+    the same order, has passed its place: from the disk it would come page by page.
     """
 
     saved: Saved
     group: str
     problems: list[Exception]
+    passes: list[_Pass]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the whole tensors by name; CheckpointError, on all ranks, if unknown."""
@@ -119,6 +152,8 @@ class UnprovenGroup:
     def read(self, name: str, part: Part) -> Tensor:
         """Return a part of a tensor, or zeros if it cannot be read."""
         try:
+            for each in self.passes:
+                each.wait_for(self._ends.get(name, 0.0))
             found = self.saved.part(self.group, name, part)
             if tuple(found.shape) == tuple(part.local_shape):
                 return found
@@ -126,3 +161,11 @@ class UnprovenGroup:
         except Exception as problem:
             self.problems.append(problem)
             return torch.zeros(part.local_shape)
+
+    @cached_property
+    def _ends(self) -> dict[str, float]:
+        """Where each tensor ends, as a share of the group."""
+        sizes = {name: math.prod(shape) for name, shape in self.shapes().items()}
+        total = max(sum(sizes.values()), 1)
+        ends = itertools.accumulate(sizes.values())
+        return {name: end / total for name, end in zip(sizes, ends, strict=True)}

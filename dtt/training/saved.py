@@ -24,6 +24,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dtt import storage
 from dtt.errors import CheckpointError, DttError, StorageError
 from dtt.machine import cores
 from dtt.parallel.part import Part
@@ -37,6 +38,8 @@ FORMAT = 3
 """Version of the folder's layout; a reader refuses every other."""
 STATE = "state.json"
 LARGEST_JSON = 64 << 20
+BEGINNING = 256 << 10
+"""Bytes of a file of tensors in which its header is, mostly."""
 FALLING_BACK = "falling back to the checkpoint before it"
 
 
@@ -80,10 +83,13 @@ class Saved:
         entries = self.manifest["tensors"]
         return [name for group in self._open for name in entries[group]["files"]]
 
-    def prove(self, name: str) -> None:
-        """Hash a file of tensors; CheckpointError if it is not the one that was saved."""
+    def prove(self, name: str, passed: Callable[[int], None] | None = None) -> None:
+        """Hash a file of tensors; CheckpointError if it is not the one that was saved.
+
+        `passed` is told now and then how many of its bytes are hashed.
+        """
         with _damage(self.path, name):
-            found = file_digest(_member(self.path, name), blake3)
+            found = file_digest(_member(self.path, name), blake3, passed)
         _compare(self.path, name, self.manifest["files"][name], found)
 
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
@@ -145,10 +151,15 @@ def _contents(
     opened: dict[str, list[Any]] = {}
     entries = manifest["tensors"].items()
     groups = {name: group for group, entry in entries for name in entry["files"]}
-    for name, entry in manifest["files"].items():
-        if wanted is not None and name in groups and groups[name] not in wanted:
-            continue
-        file = _member(path, name)
+    unwanted = {
+        name for name, group in groups.items() if wanted is not None and group not in wanted
+    }
+    files = {name: _member(path, name) for name in manifest["files"] if name not in unwanted}
+    for file in files.values():
+        with _damage(path, file.name):
+            storage.expect(file, BEGINNING)  # else the header of each is waited for in turn
+    for name, file in files.items():
+        entry = manifest["files"][name]
         with _damage(path, name):
             size = file.stat().st_size
             if size != entry["size"]:

@@ -31,7 +31,7 @@ class StoredTensors:
         found: dict[str, list[tuple[Any, Part | None]]] = {}
         for file in self.files:
             parts = json.loads((file.metadata() or {}).get(PARTS, "{}"))
-            for name in file.keys():  # noqa: SIM118
+            for name in file.offset_keys():  # in the order in which they lie there
                 part = Part(tuple(parts[name][0]), _ranges(parts[name][1])) if parts else None
                 found.setdefault(name, []).append((file, part))
         return found

@@ -98,8 +98,8 @@ class Spy:
         self.headers.append("metadata")
         return self.file.metadata()
 
-    def keys(self) -> Any:
-        return self.file.keys()
+    def offset_keys(self) -> Any:
+        return self.file.offset_keys()
 
     def get_tensor(self, name: str) -> Tensor:
         return self._noted(self.file.get_tensor(name))
