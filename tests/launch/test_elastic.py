@@ -99,6 +99,7 @@ def test_no_progress(folder: Path, uninterrupted: Uninterrupted) -> None:
     assert_same_run(RUN, uninterrupted(2))
 
 
+@pytest.mark.thorough
 def test_killed_in_every_second_save_of_many_files(folder: Path) -> None:
     """Rank 0, which waits for the file of the dead one, is ended; each start gets one save on."""
     changes = TWO | {"parallel.tensor": "2", "training.max_steps": "16", "evaluation.every": "0"}

@@ -289,6 +289,7 @@ def test_a_signal_ends_the_waiting_at_once(
 
 
 @processes
+@pytest.mark.thorough
 def test_a_rank_that_dies_while_it_waits(tmp_path: Path, port: str) -> None:
     ranks = [Rank(tmp_path, str(r), by_hand(r, 3, port), seconds=50) for r in (0, 1)]
     ranks[0].said("waiting for rank 2 of 3")

@@ -53,9 +53,12 @@ def two_folders(tmp_path: Path) -> tuple[Path, Path]:
     return folders
 
 
+FSDP = LLAMA | {"parallel.shard": "2", "model.dropout": None}
+
+
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(1, GPT2), (2, LLAMA | {"parallel.shard": "2", "model.dropout": None})],
+    [(1, GPT2), pytest.param(2, FSDP, marks=pytest.mark.thorough)],
     ids=["gpt2, dropout", "llama, fsdp"],
 )
 def test_a_killed_run_goes_on_bitwise(
@@ -81,9 +84,8 @@ def test_ranks_and_forwards_share_a_step_alike(tmp_path: Path) -> None:
     assert all(abs(theirs[step] / ours[step] - 1) < 1e-5 for step in ours) and len(ours) == 6
 
 
-@pytest.mark.parametrize(
-    "architecture", ["gpt2", pytest.param("llama", marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_layouts_train_what_one_process_trains(architecture: str) -> None:
     settings = SIZES if architecture == "gpt2" else GATED
     words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
@@ -158,6 +160,7 @@ def test_a_run_goes_on_without_the_folder_that_described_it(tmp_path: Path) -> N
     assert missing.code == 2 and "no causal language model 'their'" in missing.err
 
 
+@pytest.mark.thorough
 def test_the_engine_of_lightning_trains_it_alike(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     one, two = two_folders(tmp_path)

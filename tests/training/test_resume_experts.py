@@ -12,7 +12,7 @@ pytestmark = pytest.mark.processes
 RUN = Path("runs/small")
 
 
-@pytest.mark.parametrize("balance", ["loss", "bias"])
+@pytest.mark.parametrize("balance", ["bias", pytest.param("loss", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_killed_with_experts(folder: Path, balance: str, ranks: str) -> None:
     changes: dict[str, str | None] = {
