@@ -6,6 +6,7 @@ And a text with an uninterrupted run of it, for the tests that start runs.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import slurm_bed
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as `dtt` has it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A shell has its background jobs ignore Ctrl-C, and what they start would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
