@@ -16,8 +16,9 @@ import slurm_bed
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as `dtt` has it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A shell has its background jobs ignore Ctrl-C, and what they start would ignore it, too.
+# A shell has its background jobs ignore Ctrl-C, and nohup hanging up; what they start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
