@@ -19,12 +19,12 @@ from dtt.generation import Sampling, sample_texts
 from dtt.metrics.meter import short_duration
 from dtt.metrics.progress import Progress, read_progress
 from dtt.optim.schedule import learning_rate
-from dtt.parallel.waiting import waits_counted
 from dtt.training.memory import Phase, memory_explained
 from dtt.training.norms import log_norms
 from dtt.training.preemption import Preemption
 from dtt.training.state import Run, TrainState
 from dtt.training.step import StepResult
+from dtt.training.waiting import waits_counted
 
 CALM = "lower optimizer.lr or lengthen schedule.warmup_steps, and go on from the last checkpoint"
 

@@ -38,7 +38,6 @@ from dtt.model.language_model import LanguageModel
 from dtt.optim.schedule import warmup_steps
 from dtt.parallel.layout import Layout, resolve
 from dtt.parallel.model import ParallelModel, Reader
-from dtt.parallel.waiting import knows_waits, reducer_waits
 from dtt.precision import choose_precision
 from dtt.tokenizer import Tokenizer
 from dtt.training.batching import require_layout
@@ -60,6 +59,7 @@ from dtt.training.resume import refuse_other_run
 from dtt.training.saved import Saved, open_checkpoint, read
 from dtt.training.state import Run, TrainState, announce
 from dtt.training.step import Stepper
+from dtt.training.waiting import knows_waits, reducer_waits
 
 DEFAULT_STEPS = 900
 
