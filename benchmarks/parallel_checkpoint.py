@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def loading(folder: Path, quick: bool) -> Callable[[Rank], Figures]:
         def load() -> None:
             nonlocal loaded
             begin = time.perf_counter()
-            with Proof(read(path, hashed=False), runtime) as proof:
+            with closing(Proof(read(path, hashed=False), runtime)) as proof:
                 stepper.model.load(proof.group("model"))
                 load_optimizer(stepper, proof.group("optimizer"))
                 loaded = time.perf_counter() - begin

@@ -115,6 +115,9 @@ class Decoder(LanguageModel):
         )
         self._table: Tensor | None = None
 
+    def recompute_blocks(self, selective: bool, every: int) -> None:
+        self.recompute = Recompute(selective, every)
+
     def compute_in(self, dtype: torch.dtype) -> Decoder:
         """Set the type of matrix products; parameters stay as they are."""
         self.compute_dtype = dtype

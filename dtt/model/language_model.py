@@ -6,6 +6,7 @@ persistent buffers are those of checkpoints.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ class Randomness(Protocol):
     """[B] int64: of the rows, by `dtt.model.dropout.sample_keys`."""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """Tokens [B, T] to what comes next; made on the meta device, without memory."""
 
     settings: AnyModel
@@ -65,42 +66,37 @@ class LanguageModel(nn.Module):
         return True
 
     @property
+    @abstractmethod
     def head_weight(self) -> Tensor:
         """The output matrix [vocabulary, dim]."""
-        raise NotImplementedError
 
     def gathered_in(self) -> torch.dtype:
         """Return the type that divided parameters are gathered in."""
         return self.compute_dtype
 
+    @abstractmethod
     def compute_in(self, dtype: torch.dtype) -> LanguageModel:
         """Set the type of matrix products; parameters stay as they are."""
-        raise NotImplementedError
 
-    def recompute_blocks(self) -> None:
-        """Have blocks computed again in the backward pass, if the model has a way of its own."""
-        raise NotImplementedError
+    @abstractmethod
+    def recompute_blocks(self, selective: bool, every: int) -> None:
+        """Have every n-th block computed again in the backward pass (`dtt.model.recompute`)."""
 
-    def sizes_of_products(self) -> tuple[int, int]:
-        """Return the weights that a token is multiplied with, and the width of all heads of a
-        block together: what a step's operations follow from."""
-        raise NotImplementedError
-
+    @abstractmethod
     def initial(self, seed: int) -> Initial:
         """Return what says how each tensor begins: a function of the seed and of its name, so that
         it does not matter who asks, and in which order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self) -> None:
         """Give the buffers that no checkpoint has their first values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """Return the normed state [B, T, dim] before the head, in the compute type.
 
         `positions` [B, T] are places in documents: a token sees back to place 0 of its own.
         """
-        raise NotImplementedError
 
     def scale_auxiliary(self, scale: Tensor | float) -> None:
         """Say what the loss is multiplied by in the backward passes to come."""
@@ -108,15 +104,15 @@ class LanguageModel(nn.Module):
     def rebalance(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Do what is due after an optimizer step."""
 
+    @abstractmethod
     def for_generation(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
         """Put the parameters on a device, in the type and order that generation reads fastest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def memory(self, padding: Tensor, capacity: int) -> Memory:
         """Return the empty memory of rows of which `padding` [B] columns come first and mean
         nothing, for at most `capacity` columns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def next_logits(self, tokens: Tensor, cache: Any) -> Tensor:
         """Return the logits [B, vocabulary] behind the last of `tokens`, which join the memory."""
-        raise NotImplementedError

@@ -15,7 +15,6 @@ from dtt.model.fp8 import use_fp8
 from dtt.model.kinds import empty_model
 from dtt.model.language_model import Initial, LanguageModel
 from dtt.model.objective import Objective
-from dtt.model.recompute import Recompute
 from dtt.optim.build import build_optimizer
 from dtt.parallel.apply import parallelize
 from dtt.parallel.layout import Layout
@@ -30,13 +29,10 @@ def build_model(config: Config, dtype: torch.dtype) -> LanguageModel:
     model = empty_model(config.model)
     model.compute_in(dtype)
     settings = config.training
-    if isinstance(model, Decoder):
-        if settings.gradient_checkpointing:
-            model.recompute = Recompute(settings.recompute == "selective", settings.recompute_every)
-        if settings.fp8:
-            use_fp8(model.blocks)
-    elif settings.gradient_checkpointing:
-        model.recompute_blocks()
+    if settings.gradient_checkpointing:
+        model.recompute_blocks(settings.recompute == "selective", settings.recompute_every)
+    if settings.fp8 and isinstance(model, Decoder):
+        use_fp8(model.blocks)
     return model
 
 

@@ -11,9 +11,9 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -45,7 +45,7 @@ def build_whole(
         if saved is None:
             return build(None)
         built, problem = None, None
-        with Proof(saved, runtime) as proof:
+        with closing(Proof(saved, runtime)) as proof:
             try:
                 built = build(proof)
             except CheckpointError as error:
@@ -69,15 +69,8 @@ class Proof:
         self._pool = ThreadPoolExecutor(min(len(names), 2 * cores()) or 1)
         self._hashes = [self._pool.submit(self._prove, name) for name in names]
 
-    def __enter__(self) -> Proof:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Hash no further file; nothing is waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def group(self, name: str) -> UnprovenGroup:

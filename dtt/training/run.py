@@ -131,14 +131,11 @@ def _build(
     warmup_steps(config.schedule, steps)  # refuses a warm-up longer than the run
     dtype, why = choose_precision(config.training.precision, runtime.device)
     refuse_settings(config, runtime.device, layout, dtype)
-    model = build_model(config, dtype)
-    parameters = count_parameters(model), count_active_parameters(model)
-    names = [name for name, _ in model.named_parameters()]
     choose = partial(
         _share_checkpoint, config, runtime, corpora, checkpoints, resume, fresh, reporter
     )
     build = partial(_from_checkpoint, config, layout, loader, dtype, runtime, reporter)
-    stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
+    parameters, names, stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
     is_over = state.is_complete(steps) and config.training.engine == "dtt"  # a Trainer may go back
     shows, left = runtime.is_main and not is_over, steps - state.step
     if runtime.is_main:
@@ -176,12 +173,16 @@ def _from_checkpoint(
     runtime: Runtime,
     reporter: Reporter,
     proof: Proof | None,
-) -> tuple[Stepper, TrainState]:
+) -> tuple[tuple[int, int], list[str], Stepper, TrainState]:
+    """Return how many parameters the whole model has (`Run.parameters`), their names, what trains
+    it, and where it is."""
     model = build_model(config, dtype)
+    parameters = count_parameters(model), count_active_parameters(model)
+    names = [name for name, _ in model.named_parameters()]
     weights = _weights(config, model, runtime, proof, reporter)
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
     refuse_documents(model, loader)
-    return stepper, _restore(proof, stepper)
+    return parameters, names, stepper, _restore(proof, stepper)
 
 
 def _weights(
@@ -253,7 +254,11 @@ def _meter(
 def _flops(config: Config, model: ParallelModel) -> TokenFlops:
     if isinstance(config.model, Model):
         return training_flops(config.model)
-    sizes = model.stages[0].model.sizes_of_products()
+    from dtt.model.hf.model import HfCausalModel  # transformers is for those who use it
+
+    theirs = model.stages[0].model
+    assert isinstance(theirs, HfCausalModel)
+    sizes = theirs.sizes_of_products()
     return flops_of(*sizes, config.model.layers, config.model.context)
 
 

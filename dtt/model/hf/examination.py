@@ -44,7 +44,7 @@ def examine(objective: Objective) -> None:
                     "them: it is no causal language model",
                     "take another architecture",
                 )
-            if "position_ids" in model._given:
+            if model.takes_positions:
                 places = torch.arange(length, device=device)[None] % half
                 model.isolates = _unmoved(objective, tokens, slice(half), slice(half, None), places)
             else:

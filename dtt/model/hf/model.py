@@ -55,7 +55,9 @@ class HfCausalModel(LanguageModel):
         self.__dict__["whole"] = whole
         for name, child in whole.named_children():
             self.add_module(name, child)
-        self._given = inspect.signature(whole.forward).parameters
+        takes = inspect.signature(whole.forward).parameters
+        self.takes_positions = "position_ids" in takes
+        self._takes_cache = "past_key_values" in takes
         self._entered: Tensor | None = None
         self._take_head(whole)
         self._refuse_odd(whole)
@@ -85,7 +87,7 @@ class HfCausalModel(LanguageModel):
         return F.linear(hidden, self.head_weight, self._ends[1].bias)
 
     def _refuse_odd(self, whole: Any) -> None:
-        if "past_key_values" not in self._given or not _has_cache(whole.config):
+        if not self._takes_cache or not _has_cache(whole.config):
             raise self._odd("no cache of keys and values")
         if whole._parameters or any(buffer is not None for buffer in whole._buffers.values()):
             raise self._odd("parameters outside of its parts")
@@ -116,8 +118,8 @@ class HfCausalModel(LanguageModel):
         self.whole.training = mode
         return self
 
-    def recompute_blocks(self) -> None:
-        """Have blocks computed again in the backward pass, by the model's own code."""
+    def recompute_blocks(self, selective: bool, every: int) -> None:
+        """Have all blocks computed again in the backward pass, by the model's own code."""
         if not self.whole.supports_gradient_checkpointing:
             raise ConfigError(
                 f"training.gradient_checkpointing: {self.settings.architecture} cannot do it",
@@ -138,9 +140,9 @@ class HfCausalModel(LanguageModel):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         given: dict[str, Any] = {"use_cache": False}
         if cache is not None:
-            given = cache.given(tokens.shape[1], "position_ids" in self._given)
+            given = cache.given(tokens.shape[1], self.takes_positions)
         elif positions is not None:
-            if "position_ids" not in self._given or self.isolates is False:
+            if not self.takes_positions or self.isolates is False:
                 raise self.cannot_isolate()
             given["position_ids"] = positions
         if self.training and self.randomness.rate:
