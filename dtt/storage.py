@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 
 from dtt.errors import BusyError, ConfigError, StorageError
 
-BLOCK = 8 << 20
-"""Bytes per write and per hash update: large enough that the interpreter's part is nothing."""
+BLOCK = 512 << 10
+"""Bytes per write and per hash update: large enough that the interpreter's part is nothing, small
+enough that a block is still in the core's cache when it is hashed."""
 
 REMEDIES = {
     errno.ENOSPC: "free some space there or choose another folder",
