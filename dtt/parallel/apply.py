@@ -53,6 +53,8 @@ def parallelize(
     for stage in found.stages:
         if isinstance(stage.model, Decoder):
             _divide(stage, stage.model, found)
+        elif layout.tensor > 1:
+            _divide_theirs(stage, found)
         if config.training.compile:
             for block in stage.model.blocks:
                 block.compile()
@@ -94,6 +96,18 @@ def _divide(stage: Objective, model: Decoder, found: ParallelModel) -> None:
     if layout.expert > 1:
         found.experts |= divide_experts(model, mesh.group("expert"), found.parts)
     _share_balance(model, mesh)
+
+
+def _divide_theirs(stage: Objective, found: ParallelModel) -> None:
+    """Divide matrices of a model of `transformers`."""
+    from dtt.model.hf.model import HfCausalModel
+    from dtt.parallel.plan import divide_by_plan
+
+    assert isinstance(stage.model, HfCausalModel)
+    group = found.mesh.group("tensor")
+    parts, copies = divide_by_plan(stage.model, group)
+    found.parts |= parts
+    found.summed.append((group, copies))
 
 
 def _replicated(objective: Objective) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ _gather = getattr(collectives, "all_gather_single", None) or collectives.all_gat
 _scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 _wait: Callable[[Tensor], Tensor] = collectives.wait_tensor
 
+Change = Callable[[Tensor], Tensor]
+
 
 def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     found = _wait(_gather(x.contiguous(), 0, group))
@@ -32,36 +35,34 @@ def _scattered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return _wait(_scatter(x.contiguous(), "sum", 0, group))
 
 
-class _Gather(torch.autograd.Function):
+def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
+    return _wait(collectives.all_reduce(x.contiguous(), "sum", group))
+
+
+def _own(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+class _Exchange(torch.autograd.Function):
+    """One function of the tensor forward, and another of the gradient backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _gathered(x, dim, group)
+    def forward(ctx: Any, x: Tensor, there: Change, back: Change) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scattered(grad, ctx.dim, ctx.group), None, None
+        return ctx.back(grad), None, None
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _scattered(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gathered(grad, ctx.dim, ctx.group), None, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _wait(collectives.all_reduce(x, "sum", group))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+def _exchange(x: Tensor, there: Change, back: Change) -> Tensor:
+    found: Tensor = _Exchange.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return found
 
 
 def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
@@ -69,14 +70,14 @@ def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
     Each rank then does something of its own with the whole, so gradients are summed over them.
     """
-    found: Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]
-    return found
+    there = partial(_gathered, dim=dim, group=group)
+    return _exchange(x, there, partial(_scattered, dim=dim, group=group))
 
 
 def scatter_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Return this rank's share along `dim` of the sum of the ranks' tensors."""
-    found: Tensor = _Scatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
-    return found
+    there = partial(_scattered, dim=dim, group=group)
+    return _exchange(x, there, partial(_gathered, dim=dim, group=group))
 
 
 def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -84,8 +85,26 @@ def sum_forward(x: Tensor, group: ProcessGroup) -> Tensor:
 
     The gradient of a rank's own is that of the sum.
     """
-    found: Tensor = _Sum.apply(x, group)  # type: ignore[no-untyped-call]
-    return found
+    return _exchange(x, partial(_summed, group=group), _same)
+
+
+def sum_backward(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return `x`, the same on all ranks, with which each does something of its own: its gradient is
+    the sum of theirs."""
+    return _exchange(x, _same, partial(_summed, group=group))
+
+
+def gather_same(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """As `gather`, where all ranks then do the same with the whole: a rank's gradient is its share
+    of the whole's."""
+    there = partial(_gathered, dim=dim, group=group)
+    return _exchange(x, there, partial(_own, dim=dim, group=group))
+
+
+def share(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Return this rank's share along `dim` of `x`, the same on all ranks, as is its gradient."""
+    there = partial(_own, dim=dim, group=group)
+    return _exchange(x, there, partial(_gathered, dim=dim, group=group))
 
 
 def sum_gradients(

@@ -96,21 +96,27 @@ def resolve(settings: Parallel, model: AnyModel, ranks: int) -> Layout:
             "set parallel.shard, or parallel.offload to false",
         )
     if isinstance(model, HfModel):
-        _refuse_for_transformers(layout)
+        _refuse_for_transformers(layout, model)
     else:
         _refuse_for_decoder(layout, settings, model)
     return layout
 
 
-def _refuse_for_transformers(layout: Layout) -> None:
+def _refuse_for_transformers(layout: Layout, model: HfModel) -> None:
     """Raise ConfigError for axes along which dtt divides its own decoder only."""
-    for name in ("tensor", "context", "expert", "pipeline"):
+    if layout.tensor > 1 and model.dropout:
+        raise ConfigError(
+            "model.dropout: transformers would drop the same of the heads of each rank of "
+            f"parallel.tensor {layout.tensor}",
+            "set model.dropout to 0, or use parallel.shard",
+        )
+    for name in ("context", "expert", "pipeline"):
         size = getattr(layout, name)
         if size > 1:
             raise ConfigError(
                 f"parallel.{name} is {size}, and divides dtt's own decoder only, not a model of "
                 "transformers",
-                "use parallel.replicate and parallel.shard, or model.name decoder",
+                "use parallel.replicate, shard and tensor, or model.name decoder",
             )
 
 

@@ -102,16 +102,16 @@ def _part(name: str, parameter: Tensor, model: Decoder, group: ProcessGroup) -> 
             owner = model.get_submodule(name.partition(".qkv.")[0])
             assert isinstance(owner, Attention)
             sizes = list(owner.split)
-        return Part(whole.shape, (_shares(sizes, ranks, rank), *whole.ranges[1:]))
+        return Part(whole.shape, (shares_of(sizes, ranks, rank), *whole.ranges[1:]))
     if how == "columns":
-        return Part(whole.shape, (whole.ranges[0], _shares([parameter.shape[1]], ranks, rank)))
+        return Part(whole.shape, (whole.ranges[0], shares_of([parameter.shape[1]], ranks, rank)))
     if how == "first":
         return whole if rank == 0 else None
     return Part(whole.shape, whole.ranges, owned=rank == 0)
 
 
-def _shares(sizes: list[int], ranks: int, rank: int) -> tuple[Range, ...]:
-    """Return a rank's share of each of several pieces that follow each other."""
+def shares_of(sizes: list[int], ranks: int, rank: int) -> tuple[Range, ...]:
+    """Return a rank's share of each of several pieces of a dim that follow each other."""
     found, before = [], 0
     for size in sizes:
         found.append((before + size * rank // ranks, before + size * (rank + 1) // ranks))

@@ -15,12 +15,17 @@ from small_run import STEPS, Done, assert_same_run, command, flags, losses, writ
 from dtt.cli import main
 from dtt.config.load import load_config
 from dtt.dist import Place, Runtime
-from dtt.errors import CheckpointError
+from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface import proof
 from dtt.huggingface.origin import initial_weights, with_origin
+from dtt.model.hf.model import HfCausalModel
+from dtt.model.kinds import empty_model
 from dtt.parallel.part import Part
+from dtt.parallel.plan import divide_by_plan
 from dtt.training.build import build_model
 from dtt.training.load import load_run
+from dtt.verification import report
+from dtt.verification.cases import Case
 from dtt.verification.report import verify
 
 transformers = pytest.importorskip("transformers")
@@ -84,17 +89,85 @@ def test_ranks_and_forwards_share_a_step_alike(tmp_path: Path) -> None:
     assert all(abs(theirs[step] / ours[step] - 1) < 1e-5 for step in ours) and len(ours) == 6
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_layouts_train_what_one_process_trains(architecture: str) -> None:
+def verified(architecture: str) -> dict[str, Case]:
+    """The cases that train as one process does; the test fails for any that do not."""
     settings = SIZES if architecture == "gpt2" else GATED
     words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
     flags = {key: (f"--{key}", value) for key, value in words.items()}
-    going = []
+    going = {}
     for case, found in verify(with_origin(load_config(overrides=flags))):
         assert not isinstance(found, str) and found.within(case), (case.name, found)
-        going.append(case.name)
-    assert {"accumulation", "DDP", "DDP, accumulation", "FSDP2", "HSDP"} <= set(going)
+        going[case.name] = case
+    return going
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "phi3"])
+def test_layouts_train_what_one_process_trains(architecture: str) -> None:
+    wanted = {"accumulation", "DDP", "DDP, accumulation", "FSDP2", "HSDP"}
+    if architecture != "gpt2":  # which has no plan
+        wanted |= {"TP", "DDP x TP", "FSDP2 x TP"}
+    assert wanted <= set(verified(architecture))
+
+
+def test_its_own_plan_divides_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Qwen3, whose norms of queries and keys are used by each rank for its own heads."""
+    every = report.cases_for
+    monkeypatch.setattr(report, "cases_for", lambda c: [x for x in every(c) if x.name == "TP"])
+    assert list(verified("qwen3")) == ["TP"]
+
+
+@pytest.mark.thorough
+def test_a_run_of_divided_matrices_goes_on_alone(tmp_path: Path) -> None:
+    one, two = two_folders(tmp_path)
+    alone = LLAMA | {"model.dropout": None, "training.precision": "fp32"}
+    train(one, alone)
+    divided = {"parallel.world_size": "2", "parallel.tensor": "2", "parallel.restarts": "0"}
+    assert train(two, alone | divided, die=(1, 15)).code == 7
+    assert "continuing runs/small from step" in train(two, alone).out
+    ours, theirs = losses(one / RUN), losses(two / RUN)
+    assert set(ours) == set(theirs)
+    assert all(abs(theirs[step] / ours[step] - 1) < 1e-4 for step in ours)
+
+
+class TwoRanks:
+    """What dividing asks a process group before anything is sent."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "why"),
+    [
+        ("gpt2", SIZES, "gpt2 has no such plan"),
+        ("llama", GATED.replace("heads: 4", "heads: 1"), r"attention_heads \(1\) is not divisible"),
+        ("llama", GATED.replace("48", "47"), r"mlp.gate_proj \(47\) is not divisible by"),
+    ],
+)
+def test_what_its_plan_cannot_divide(architecture: str, settings: str, why: str) -> None:
+    model = made(architecture, settings)
+    with pytest.raises(ConfigError, match=why):
+        divide_by_plan(model, TwoRanks())  # type: ignore[arg-type]
+
+
+def test_a_style_that_dtt_does_not_know() -> None:
+    model = made("llama", GATED)
+    model.whole.config.base_model_tp_plan = {"layers.*.self_attn.q_proj": "local_params"}
+    with pytest.raises(ConfigError, match=r"q_proj .* divided as 'local_params'"):
+        divide_by_plan(model, TwoRanks())  # type: ignore[arg-type]
+
+
+def made(architecture: str, settings: str) -> HfCausalModel:
+    words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
+    words |= {"model.vocab_size": "64"}
+    flags = {key: (f"--{key}", value) for key, value in words.items()}
+    model = empty_model(with_origin(load_config(overrides=flags)).model)
+    assert isinstance(model, HfCausalModel)
+    return model
 
 
 def test_a_run_is_evaluated_continued_in_text_exported_and_started_from(
@@ -233,7 +306,8 @@ def test_without_transformers_the_package_is_named(
         (["--model.name", "hf"], "model.name hf needs model.architecture, or init_from"),
         (["--training.fp8"], "training.fp8 is for dtt's own decoder"),
         (["--training.recompute", "selective"], "training.recompute selective is for dtt's own"),
-        (["--parallel.tensor", "2", "--world-size", "2"], "parallel.tensor is 2, and divides"),
+        (["--parallel.context", "2", "--world-size", "2"], "parallel.context is 2, and divides"),
+        (["--parallel.tensor", "2", "--world-size", "2"], "model.dropout: transformers would drop"),
         (["--model.layers", "3"], "model hf has no layers (decoder has it)"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 from dtt.config.explain import did_you_mean
 from dtt.config.model import HfModel
 from dtt.errors import ConfigError
+from dtt.model.hf.quiet import quiet
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 """What every architecture has by one of its names."""
@@ -141,17 +142,23 @@ def _own_keys(kind: Any, vocab_size: int | None, dropout: float) -> dict[str, An
     return own
 
 
+def _usual(kind: Any) -> dict[str, Any]:
+    """Return the settings of an architecture that is asked for nothing."""
+    with quiet():  # some are not content with themselves
+        found: dict[str, Any] = kind().to_dict()
+    return found
+
+
 def _dropouts(kind: Any) -> list[str]:
     return [
         key
-        for key, value in kind().to_dict().items()
+        for key, value in _usual(kind).items()
         if ("drop" in key and isinstance(value, int | float) and not isinstance(value, bool))
     ]
 
 
 def _refuse_unknown(given: Mapping[str, Any], kind: Any) -> None:
-    usual = kind().to_dict()
-    known = {*usual, *kind.attribute_map, *SIZES, *OLDER}
+    known = {*_usual(kind), *kind.attribute_map, *SIZES, *OLDER}
     for key in given:
         if key not in known:
             raise ConfigError(
@@ -208,5 +215,5 @@ def _plain(config: Any) -> dict[str, Any]:
             data[ours] = data.pop(theirs)
     data |= {key: getattr(config, key) for key in SIZES}
     # A config.json may have more than its architecture: that is of other times, or of other code.
-    known = {*type(config)().to_dict(), *config.attribute_map, *SIZES} - OTHERS - {*dropouts}
+    known = {*_usual(type(config)), *config.attribute_map, *SIZES} - OTHERS - {*dropouts}
     return {key: value for key, value in sorted(data.items()) if key in known}
