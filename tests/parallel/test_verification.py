@@ -203,9 +203,9 @@ def forget_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def split_heads_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if q, k and v were one matrix: ranks have heads of others, or none of v."""
-    true_shares = tensor._shares
+    true_shares = tensor.shares_of
     monkeypatch.setattr(
-        tensor, "_shares", lambda sizes, ranks, rank: true_shares([sum(sizes)], ranks, rank)
+        tensor, "shares_of", lambda sizes, ranks, rank: true_shares([sum(sizes)], ranks, rank)
     )
 
 

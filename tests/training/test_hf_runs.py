@@ -20,6 +20,7 @@ from dtt.huggingface import proof
 from dtt.huggingface.origin import initial_weights, with_origin
 from dtt.model.hf.model import HfCausalModel
 from dtt.model.kinds import empty_model
+from dtt.parallel import plan
 from dtt.parallel.part import Part
 from dtt.parallel.plan import divide_by_plan
 from dtt.training.build import build_model
@@ -115,6 +116,15 @@ def test_its_own_plan_divides_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     every = report.cases_for
     monkeypatch.setattr(report, "cases_for", lambda c: [x for x in every(c) if x.name == "TP"])
     assert list(verified("qwen3")) == ["TP"]
+
+
+@pytest.mark.thorough
+def test_an_exchange_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = report.cases_for
+    monkeypatch.setattr(report, "cases_for", lambda c: [x for x in every(c) if x.name == "TP"])
+    monkeypatch.setattr(plan, "sum_backward", lambda x, group: x)
+    with pytest.raises(AssertionError, match=r"layers.0.*weight"):
+        verified("qwen3")
 
 
 @pytest.mark.thorough
