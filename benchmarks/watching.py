@@ -5,7 +5,8 @@ steps, of 10M parameters. Both write metrics.jsonl and a line every 10 steps. Ea
 of its own; a round is a pair of them, and which comes first changes from round to round. The time
 is that of the steps after the first 20. Steps alone differ by more from run to run than watching
 costs, so what is compared is the CPU time of watching itself: what the training thread spends in
-its calls of loggers and norms, and all that other threads and other processes (W&B's) spend.
+its calls of loggers and norms, and all that other threads and other processes (W&B's) spend. So
+matrices are multiplied by one thread, whatever `--threads` says: others would be counted.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def main() -> int:
     if options.worker is not None:
         print(json.dumps(work(options.worker)))
         return 0
+    options.threads = 1
     print_heading("Watching a run", options.threads, options.quick)
     rounds = options.rounds or (1 if options.quick else 4)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}

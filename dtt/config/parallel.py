@@ -36,7 +36,8 @@ class Parallel(Section):
     """With shard: keep divided parameters, gradients and optimizer state in CPU memory, where the
     optimizer then works; a block's parameters come to the GPU when they are needed."""
     tensor: Axis = 1
-    """Ranks that divide every matrix product, and the sequences between them; -1: those left."""
+    """Ranks that divide matrix products (in dtt's decoder the tokens between them, too); -1: those
+    left."""
     context: Axis = 1
     """Ranks that divide every sequence, for long contexts; -1: those left."""
     expert: Axis = 1

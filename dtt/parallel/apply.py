@@ -72,12 +72,7 @@ def parallelize(
         stage.model.reset()
     found.load(weights)
     if not isinstance(objective.model, Decoder):
-        from dtt.model.hf.examination import examine  # transformers is for those who use it
-
-        examine(objective)
-        for module in objective.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # without a backward pass it may keep what it gathered
+        _examine(objective, found)
     by_us = config.training.engine == "dtt"  # Lightning replicates by itself
     if layout.is_plain and layout.replicate > 1 and by_us:
         found.called = _replicated(objective)
@@ -108,6 +103,21 @@ def _divide_theirs(stage: Objective, found: ParallelModel) -> None:
     parts, copies = divide_by_plan(stage.model, group)
     found.parts |= parts
     found.summed.append((group, copies))
+
+
+def _examine(objective: Objective, found: ParallelModel) -> None:
+    """Look at what a model of `transformers` does, now that it has its weights."""
+    from dtt.model.hf.examination import examine
+    from dtt.parallel.plan import examine_divided
+
+    if found.layout.tensor > 1:
+        known = {*found.parts, *(name for _, names in found.summed for name in names)}
+        examine_divided(objective, found.mesh.group("tensor"), found.mesh.runtime.device, known)
+    else:
+        examine(objective)
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # without a backward pass it may keep what it gathered
 
 
 def _replicated(objective: Objective) -> nn.Module:

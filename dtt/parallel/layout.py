@@ -103,13 +103,7 @@ def resolve(settings: Parallel, model: AnyModel, ranks: int) -> Layout:
 
 
 def _refuse_for_transformers(layout: Layout, model: HfModel) -> None:
-    """Raise ConfigError for axes along which dtt divides its own decoder only."""
-    if layout.tensor > 1 and model.dropout:
-        raise ConfigError(
-            "model.dropout: transformers would drop the same of the heads of each rank of "
-            f"parallel.tensor {layout.tensor}",
-            "set model.dropout to 0, or use parallel.shard",
-        )
+    """Raise ConfigError for a layout that a model of `transformers` does not go along."""
     for name in ("context", "expert", "pipeline"):
         size = getattr(layout, name)
         if size > 1:
@@ -118,6 +112,16 @@ def _refuse_for_transformers(layout: Layout, model: HfModel) -> None:
                 "transformers",
                 "use parallel.replicate, shard and tensor, or model.name decoder",
             )
+    if layout.tensor > 1 and model.dropout:
+        raise ConfigError(
+            "model.dropout does not go with parallel.tensor in a model of transformers: each rank "
+            "would drop the same places of its heads",
+            "set model.dropout to 0, or use parallel.shard",
+        )
+    if layout.tensor > 1 and model.is_complete:
+        from dtt.parallel.plan import check_plan  # transformers is for those who use it
+
+        check_plan(model, layout.tensor)
 
 
 def _refuse_for_decoder(layout: Layout, settings: Parallel, model: Model) -> None:

@@ -1,76 +1,127 @@
 """Tensor parallelism of a model of `transformers`, as the plan in its own config says.
 
 `base_model_tp_plan` names linear layers, and how each is divided. Between them every rank has all
-tokens and computes the same, so that what is not divided (norms, embedding, head) needs no exchange
-and has the same gradient everywhere.
+tokens and computes the same, so that what the plan does not name (embedding, head, most norms) has
+the same gradient everywhere and needs no exchange; that it has is looked at before training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from dtt.config.model import HfModel
+from dtt.dist import local
 from dtt.errors import ConfigError
+from dtt.model.hf.examination import examine, few_tokens, looking
 from dtt.model.hf.model import HfCausalModel
+from dtt.model.objective import Objective
 from dtt.parallel.exchange import gather_same, share, sum_backward, sum_forward
 from dtt.parallel.part import Part, Range
 from dtt.parallel.tensor import shares_of
 
-OUTPUTS = {"colwise": 1, "packed_colwise": 2, "colwise_gather_output": 1}
-"""Styles that divide what a layer puts out, with the number of matrices that are one there."""
+OUTPUTS = {"colwise", "colwise_gather_output"}
+"""Styles that divide what a layer puts out."""
 INPUTS = {"rowwise", "rowwise_split_input"}
 """Styles that divide what goes in; what comes out is summed over ranks."""
 SUMMED = "replicated_with_grad_allreduce"
 """Parameters that all ranks have, and use for their own heads."""
+SAME = 1e-2
+"""Largest relative difference of gradients that all ranks compute alike."""
+LAYER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def divide_by_plan(model: HfCausalModel, group: ProcessGroup) -> tuple[dict[str, Part], list[str]]:
     """Leave this rank its share of the matrices, and hook up the exchanges.
 
     Returns what it has of each divided parameter, and those of which all ranks have all, and a
-    share of the gradient. ConfigError if the plan, or the model, cannot be divided so.
+    share of the gradient. ConfigError as `check_plan`.
     """
     parts: dict[str, Part] = {}
     copies: list[str] = []
-    _refuse_heads(model, group.size())
-    for path, module, style in _planned(model):
-        if style == SUMMED:
+    for path, module, style in _planned(model, group.size()):
+        if isinstance(module, nn.Linear):
+            divide = _divide_inputs if style in INPUTS else _divide_outputs
+            parts |= {f"{path}.{leaf}": part for leaf, part in divide(module, style, group).items()}
+        else:
             copies += [f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
-            continue
-        if not isinstance(module, nn.Linear) or style not in INPUTS | OUTPUTS.keys():
-            kind = type(module).__name__
-            raise _refused(model, f"has {path} ({kind}) divided as {style!r}, unknown to dtt")
-        width = module.in_features if style in INPUTS else module.out_features
-        _refuse_rest(f"the width of {path}", width // OUTPUTS.get(style, 1), group.size())
-        divide = _divide_inputs if style in INPUTS else _divide_outputs
-        parts |= {f"{path}.{leaf}": part for leaf, part in divide(module, style, group).items()}
-    if not parts:
-        raise _refused(model, "has no such plan")
     return parts, copies
 
 
-def _planned(model: HfCausalModel) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield path, module and style of what the plan names, where * is the number of a layer."""
+def check_plan(settings: HfModel, ranks: int) -> None:
+    """Raise ConfigError, with the arithmetic, if complete settings are of a model without a plan,
+    or with one that does not go among so many ranks."""
+    _planned(HfCausalModel(settings.model_copy(update={"vocab_size": 1})), ranks)
+
+
+def examine_divided(
+    objective: Objective, group: ProcessGroup, device: torch.device, known: Container[str]
+) -> None:
+    """Look at a divided model that has its weights, as `examine` does, and at the gradients of a
+    few tokens: but for the parameters in `known` they must be the same on all ranks of the group.
+
+    All must call it. ConfigError: the architecture's code does not run divided, or the plan does
+    not say that a parameter is used by each rank for its own heads or hidden units.
+    """
+    model = objective.model
+    assert isinstance(model, HfCausalModel)
+    try:
+        examine(objective)
+        tokens = few_tokens(model)
+        with looking(objective):
+            objective(tokens, tokens.roll(-1, 1)).backward()
+    except RuntimeError as error:
+        if "shape" not in str(error) and "size" not in str(error):
+            raise
+        raise _refused(model, f"does not run divided so ({error})") from error
+    blocks = {id(parameter) for block in model.blocks for parameter in block.parameters()}
+    for name, parameter in model.named_parameters():
+        if name not in known and id(parameter) in blocks and parameter.grad is not None:
+            mine = local(parameter.grad).to(device)
+            mean = mine.clone()
+            dist.all_reduce(mean, group=group)
+            mean /= group.size()
+            sizes = torch.stack([(mine - mean).norm(), mine.norm()])
+            dist.all_reduce(sizes, group=group)
+            if sizes[0] > SAME * sizes[1]:
+                raise _refused(model, f"does not say that ranks use {name} each for its own part")
+    objective.zero_grad()
+
+
+def _planned(model: HfCausalModel, ranks: int) -> list[tuple[str, nn.Module, str]]:
+    """Return path, module and style of all that the plan names, where * is a layer's number."""
     prefix, plan = model.whole.base_model_prefix, model.whole.config.base_model_tp_plan or {}
+    found = []
     for path, module in model.named_modules():
-        style = plan.get(re.sub(r"\d+", "*", path).removeprefix(f"{prefix}."))
-        if style is not None:
-            yield path, module, style
-
-
-def _refuse_heads(model: HfCausalModel, ranks: int) -> None:
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        _refuse_rest(f"model.settings.{key}", getattr(model.whole.config, key, None) or 0, ranks)
+        style = plan.get(LAYER.sub(".*", path).removeprefix(f"{prefix}."))
+        if style is None:
+            continue
+        if not (style in INPUTS | OUTPUTS and isinstance(module, nn.Linear)) and style != SUMMED:
+            kind = type(module).__name__
+            raise _refused(model, f"has {path} ({kind}) divided as {style!r}, unknown to dtt")
+        if isinstance(module, nn.Linear):
+            width = module.in_features if style in INPUTS else module.out_features
+            _refuse_rest(f"the width of {path}", width, ranks)
+        if style == "colwise" and "att" in path:
+            for key in ("num_attention_heads", "num_key_value_heads"):
+                heads = getattr(model.whole.config, key, None) or 0
+                _refuse_rest(f"model.settings.{key}", heads, ranks)
+        found.append((path, module, style))
+    if not found:
+        raise _refused(model, "has no such plan")
+    return found
 
 
 def _refuse_rest(what: str, number: int, ranks: int) -> None:
     if number % ranks:
         raise ConfigError(
             f"{what} ({number}) is not divisible by parallel.tensor ({ranks})",
-            "change one of the two",
+            "choose another parallel.tensor, or other model.settings",
         )
 
 
@@ -83,8 +134,7 @@ def _refused(model: HfCausalModel, why: str) -> ConfigError:
 
 
 def _divide_outputs(layer: nn.Linear, style: str, group: ProcessGroup) -> dict[str, Part]:
-    pieces = OUTPUTS[style]
-    rows = shares_of([layer.out_features // pieces] * pieces, group.size(), group.rank())
+    rows = shares_of([layer.out_features], group.size(), group.rank())
     layer.register_forward_pre_hook(lambda module, given: (sum_backward(given[0], group),))
     if style == "colwise_gather_output":
         layer.register_forward_hook(lambda module, given, out: gather_same(out, -1, group))

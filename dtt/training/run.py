@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -135,7 +136,7 @@ def _build(
         _share_checkpoint, config, runtime, corpora, checkpoints, resume, fresh, reporter
     )
     build = partial(_from_checkpoint, config, layout, loader, dtype, runtime, reporter)
-    parameters, names, stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
+    whole, stepper, state = build_whole(choose, build, checkpoints.judge, runtime)
     is_over = state.is_complete(steps) and config.training.engine == "dtt"  # a Trainer may go back
     shows, left = runtime.is_main and not is_over, steps - state.step
     if runtime.is_main:
@@ -145,8 +146,8 @@ def _build(
         folder=folder,
         runtime=runtime,
         corpora=corpora,
-        parameters=parameters,
-        parameter_names=names,
+        parameters=whole.parameters,
+        parameter_names=whole.names,
         stepper=stepper,
         loader=loader,
         steps=steps,
@@ -156,13 +157,22 @@ def _build(
         metrics=_metrics(config, corpora, runtime, folder, state.step, fresh),
         trackers=_trackers(config, folder, reporter, state.step) if shows else [],
         profiler=_profiler(config, runtime, folder, reporter, left) if shows else None,
-        meter=_meter(config, stepper.model, dtype, steps, shows),
+        meter=_meter(whole.flops, stepper.model, dtype, steps, shows),
         resources=watch_machine() if shows and config.logging.resources else None,
         begun_at=state.step,
         again="the same command" + " without --fresh" * fresh,
     )
     announce(run, f"{dtype} ({why})")
     return run
+
+
+class Whole(NamedTuple):
+    """What a model is before ranks divide it."""
+
+    parameters: tuple[int, int]
+    """All, and those that a token passes."""
+    names: list[str]
+    flops: TokenFlops
 
 
 def _from_checkpoint(
@@ -173,16 +183,16 @@ def _from_checkpoint(
     runtime: Runtime,
     reporter: Reporter,
     proof: Proof | None,
-) -> tuple[tuple[int, int], list[str], Stepper, TrainState]:
-    """Return how many parameters the whole model has (`Run.parameters`), their names, what trains
-    it, and where it is."""
+) -> tuple[Whole, Stepper, TrainState]:
+    """Return what the whole model is, what trains it, and where it is."""
     model = build_model(config, dtype)
-    parameters = count_parameters(model), count_active_parameters(model)
+    counts = count_parameters(model), count_active_parameters(model)
     names = [name for name, _ in model.named_parameters()]
+    whole = Whole(counts, names, _flops(config, model))  # before ranks divide it
     weights = _weights(config, model, runtime, proof, reporter)
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
     refuse_documents(model, loader)
-    return parameters, names, stepper, _restore(proof, stepper)
+    return whole, stepper, _restore(proof, stepper)
 
 
 def _weights(
@@ -238,7 +248,7 @@ def _trackers(config: Config, folder: Path, reporter: Reporter, step: int) -> li
 
 
 def _meter(
-    config: Config, model: ParallelModel, dtype: torch.dtype, steps: int, shows: bool
+    flops: TokenFlops, model: ParallelModel, dtype: torch.dtype, steps: int, shows: bool
 ) -> Meter:
     """Return the meter; one that shows figures knows the peak of the device, which all have."""
     runtime = model.mesh.runtime
@@ -246,20 +256,17 @@ def _meter(
     event = partial(torch.cuda.Event, enable_timing=True) if runtime.device.type == "cuda" else None
     cost = None
     if shows:
-        flops = _flops(config, model).total
-        cost = Cost(flops, find_peak(runtime.device, dtype), runtime.ranks)
+        cost = Cost(flops.total, find_peak(runtime.device, dtype), runtime.ranks)
     return Meter(steps, cost, event=event, exchanged=reducer_waits(model), waits=waits)
 
 
-def _flops(config: Config, model: ParallelModel) -> TokenFlops:
+def _flops(config: Config, model: LanguageModel) -> TokenFlops:
     if isinstance(config.model, Model):
         return training_flops(config.model)
     from dtt.model.hf.model import HfCausalModel  # transformers is for those who use it
 
-    theirs = model.stages[0].model
-    assert isinstance(theirs, HfCausalModel)
-    sizes = theirs.sizes_of_products()
-    return flops_of(*sizes, config.model.layers, config.model.context)
+    assert isinstance(model, HfCausalModel)
+    return flops_of(*model.sizes_of_products(), config.model.layers, config.model.context)
 
 
 def _profiler(

@@ -70,8 +70,8 @@ CASES = (
 )
 
 
-THEIRS = {"replicate", "shard", "reshard"}
-"""What every model of `transformers` goes along."""
+THEIRS = {"replicate", "shard", "reshard", "tensor"}
+"""What a model of `transformers` may go along."""
 
 
 def cases_for(config: Config) -> list[Case]:
@@ -79,19 +79,11 @@ def cases_for(config: Config) -> list[Case]:
     layout with two ranks along each axis that it uses."""
     found = [case for case in CASES if config.model.experts or "expert" not in case.parallel]
     if isinstance(config.model, HfModel):
-        axes = THEIRS | ({"tensor"} if _has_plan(config.model) else set())
-        found = [case for case in found if set(case.parallel) <= axes]
+        found = [case for case in found if set(case.parallel) <= THEIRS]
     own = _own(config)
     if own is not None and all(own.parallel != case.parallel for case in found):
         found.append(own)
     return sorted(found, key=lambda case: case.ranks)
-
-
-def _has_plan(model: HfModel) -> bool:
-    from dtt.model.hf.settings import config_of, smaller
-
-    plan = config_of(smaller(model, WIDTH, CONTEXT, VOCABULARY)).base_model_tp_plan
-    return bool(plan) and not model.dropout
 
 
 def _own(config: Config) -> Case | None:

@@ -23,7 +23,7 @@ from dtt.errors import EXIT_DONE, ConfigError, NumericError
 from dtt.parallel.layout import resolve
 from dtt.verification import cases as sizes
 from dtt.verification.cases import ALONE, VOCABULARY, Case, cases_for, shrink, small
-from dtt.verification.training import run
+from dtt.verification.training import outcomes, run
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def verify(config: Config, advance: Advance = silent) -> Iterator[tuple[Case, Di
                 reasons[case] = error.what
         yield from reasons.items()
         advance(f"training on {ranks} ranks", done, len(wanted))
-        for case, found in zip(going, run(config, going, alone) if going else (), strict=True):
-            yield case, compare(found, alone)
+        results = outcomes(config, going, alone) if going else []
+        for case, found in zip(going, results, strict=True):
+            yield case, found.what if isinstance(found, ConfigError) else compare(found, alone)
         done += len(going) + len(reasons)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from dtt.config.schema import Config
 from dtt.dist import Place, Runtime, leave
 from dtt.dist import start as meet
-from dtt.errors import PeerError
+from dtt.errors import ConfigError, PeerError
 from dtt.machine import free_port
 from dtt.parallel.layout import resolve
 from dtt.parallel.part import Part
@@ -95,7 +95,20 @@ class Whole:
 def run(
     config: Config, cases: Sequence[Case], alone: Mapping[str, Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
-    """Train cases of equally many ranks in processes of their own; return what each found."""
+    """Return what the ranks of each case found; ConfigError if one cannot be trained so."""
+    found = []
+    for outcome in outcomes(config, cases, alone):
+        if isinstance(outcome, ConfigError):
+            raise outcome
+        found.append(outcome)
+    return found
+
+
+def outcomes(
+    config: Config, cases: Sequence[Case], alone: Mapping[str, Tensor] | None = None
+) -> list[dict[str, Tensor] | ConfigError]:
+    """Train cases of equally many ranks in processes of their own; return what each found, or why
+    it cannot be trained so, where that shows with the weights only."""
     ranks = cases[0].ranks
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="dtt-verify-") as folder:
@@ -118,8 +131,11 @@ def run(
         return [_assembled(Path(folder), index, ranks) for index in range(len(cases))]
 
 
-def _assembled(folder: Path, index: int, ranks: int) -> dict[str, Tensor]:
+def _assembled(folder: Path, index: int, ranks: int) -> dict[str, Tensor] | ConfigError:
     """Return whole tensors from the parts that the ranks have written; what no rank has is NaN."""
+    refused = folder / f"{index}-refused.json"
+    if refused.exists():
+        return ConfigError(*json.loads(refused.read_bytes()))
     found: dict[str, Tensor] = {}
     for rank in range(ranks):
         with safe_open(folder / f"{index}-{rank}.safetensors", framework="pt") as file:
@@ -150,7 +166,13 @@ def _rank(
         runtime = meet(Place(rank, ranks, rank, ranks, "verify"), "cpu", 1)
         for index, case in enumerate(cases):
             doing = case.name
-            found, parts = train(small(config, case), runtime, alone)
+            try:
+                found, parts = train(small(config, case), runtime, alone)
+            except ConfigError as error:  # on all ranks
+                if rank == 0:
+                    text = json.dumps([error.what, error.fix])
+                    Path(folder, f"{index}-refused.json").write_text(text, encoding="utf-8")
+                continue
             rows = {name: (part.shape, part.ranges) for name, part in parts.items()}
             file = Path(folder, f"{index}-{rank}.safetensors")
             save_file(found, file, {"parts": json.dumps(rows)})

@@ -361,7 +361,7 @@ def test_what_cannot_be_is_refused_in_a_line(kind: str, settings: Any, said: str
     assert said in raised.value.what and "\n" not in raised.value.what
 
 
-@pytest.mark.parametrize("axis", ["tensor", "context", "expert", "pipeline"])
+@pytest.mark.parametrize("axis", ["context", "expert", "pipeline"])
 def test_other_axes_are_refused_by_name(axis: str) -> None:
     changed = config("gpt2", **{f"parallel__{axis}": "2"})
     with pytest.raises(ConfigError, match=f"parallel.{axis} is 2, and divides dtt's own decoder"):

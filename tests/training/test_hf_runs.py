@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -14,20 +15,19 @@ from small_run import STEPS, Done, assert_same_run, command, flags, losses, writ
 
 from dtt.cli import main
 from dtt.config.load import load_config
+from dtt.config.parallel import Parallel
 from dtt.dist import Place, Runtime
 from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface import proof
 from dtt.huggingface.origin import initial_weights, with_origin
 from dtt.model.hf.model import HfCausalModel
-from dtt.model.kinds import empty_model
 from dtt.parallel import plan
+from dtt.parallel.layout import resolve
 from dtt.parallel.part import Part
-from dtt.parallel.plan import divide_by_plan
 from dtt.training.build import build_model
 from dtt.training.load import load_run
 from dtt.verification import report
-from dtt.verification.cases import Case
-from dtt.verification.report import verify
+from dtt.verification.report import Difference
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.processes
@@ -90,41 +90,71 @@ def test_ranks_and_forwards_share_a_step_alike(tmp_path: Path) -> None:
     assert all(abs(theirs[step] / ours[step] - 1) < 1e-5 for step in ours) and len(ours) == 6
 
 
-def verified(architecture: str) -> dict[str, Case]:
-    """The cases that train as one process does; the test fails for any that do not."""
-    settings = SIZES if architecture == "gpt2" else GATED
+def verified(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, settings: str = GATED, only: str = ""
+) -> dict[str, Difference | str]:
+    """What `dtt verify parallel` finds, with bounds that hold; of all cases, or of those named."""
     words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
     flags = {key: (f"--{key}", value) for key, value in words.items()}
-    going = {}
-    for case, found in verify(with_origin(load_config(overrides=flags))):
-        assert not isinstance(found, str) and found.within(case), (case.name, found)
-        going[case.name] = case
-    return going
+    every = report.cases_for
+    monkeypatch.setattr(
+        report, "cases_for", lambda c: [x for x in every(c) if only in ("", x.name)]
+    )
+    found = dict(report.verify(with_origin(load_config(overrides=flags))))
+    for case, difference in found.items():
+        assert isinstance(difference, str) or difference.within(case), (case.name, difference)
+    return {case.name: difference for case, difference in found.items()}
+
+
+ALWAYS = {"accumulation", "DDP", "DDP, accumulation", "FSDP2", "HSDP"}
+DIVIDED = {"TP", "DDP x TP", "FSDP2 x TP"}
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "phi3"])
-def test_layouts_train_what_one_process_trains(architecture: str) -> None:
-    wanted = {"accumulation", "DDP", "DDP, accumulation", "FSDP2", "HSDP"}
-    if architecture != "gpt2":  # which has no plan
-        wanted |= {"TP", "DDP x TP", "FSDP2 x TP"}
-    assert wanted <= set(verified(architecture))
+def test_layouts_train_what_one_process_trains(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = verified(monkeypatch, architecture, SIZES if architecture == "gpt2" else GATED)
+    refused = {name for name, difference in found.items() if isinstance(difference, str)}
+    assert refused == (DIVIDED if architecture == "gpt2" else set())  # it has no plan
+    assert found.keys() >= ALWAYS | DIVIDED
 
 
 def test_its_own_plan_divides_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Qwen3, whose norms of queries and keys are used by each rank for its own heads."""
-    every = report.cases_for
-    monkeypatch.setattr(report, "cases_for", lambda c: [x for x in every(c) if x.name == "TP"])
-    assert list(verified("qwen3")) == ["TP"]
+    found = verified(monkeypatch, "qwen3", only="TP")
+    assert not [difference for difference in found.values() if isinstance(difference, str)]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("architecture", ["gpt_neox", "starcoder2", "olmo2"])
+def test_plans_of_other_kinds(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with digits, biases behind sums, outputs that are gathered."""
+    assert isinstance(verified(monkeypatch, architecture, only="TP")["TP"], Difference)
 
 
 @pytest.mark.thorough
 def test_an_exchange_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = report.cases_for
-    monkeypatch.setattr(report, "cases_for", lambda c: [x for x in every(c) if x.name == "TP"])
     monkeypatch.setattr(plan, "sum_backward", lambda x, group: x)
+    monkeypatch.setattr(plan, "SAME", math.inf)
     with pytest.raises(AssertionError, match=r"layers.0.*weight"):
-        verified("qwen3")
+        verified(monkeypatch, "qwen3", only="TP")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "why"),
+    [
+        ("phi", "qk_layernorm: true", "does not say that ranks use model.layers.0.self_attn.q_lay"),
+        ("cohere", "use_qk_norm: true", "does not run divided so (The size of tensor a"),
+    ],
+)
+def test_a_plan_that_does_not_say_all_is_refused(
+    architecture: str, more: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = GATED.replace("}", f", {more}}}")
+    (found,) = set(verified(monkeypatch, architecture, given, only="DDP x TP").values())
+    assert isinstance(found, str) and why in found
 
 
 @pytest.mark.thorough
@@ -140,16 +170,6 @@ def test_a_run_of_divided_matrices_goes_on_alone(tmp_path: Path) -> None:
     assert all(abs(theirs[step] / ours[step] - 1) < 1e-4 for step in ours)
 
 
-class TwoRanks:
-    """What dividing asks a process group before anything is sent."""
-
-    def size(self) -> int:
-        return 2
-
-    def rank(self) -> int:
-        return 1
-
-
 @pytest.mark.parametrize(
     ("architecture", "settings", "why"),
     [
@@ -159,25 +179,27 @@ class TwoRanks:
     ],
 )
 def test_what_its_plan_cannot_divide(architecture: str, settings: str, why: str) -> None:
-    model = made(architecture, settings)
-    with pytest.raises(ConfigError, match=why):
-        divide_by_plan(model, TwoRanks())  # type: ignore[arg-type]
-
-
-def test_a_style_that_dtt_does_not_know() -> None:
-    model = made("llama", GATED)
-    model.whole.config.base_model_tp_plan = {"layers.*.self_attn.q_proj": "local_params"}
-    with pytest.raises(ConfigError, match=r"q_proj .* divided as 'local_params'"):
-        divide_by_plan(model, TwoRanks())  # type: ignore[arg-type]
-
-
-def made(architecture: str, settings: str) -> HfCausalModel:
     words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
-    words |= {"model.vocab_size": "64"}
     flags = {key: (f"--{key}", value) for key, value in words.items()}
-    model = empty_model(with_origin(load_config(overrides=flags)).model)
-    assert isinstance(model, HfCausalModel)
-    return model
+    config = with_origin(load_config(overrides=flags))
+    with pytest.raises(ConfigError, match=why):
+        resolve(Parallel(tensor=2), config.model, 2)
+
+
+def test_all_that_a_plan_names_is_divided() -> None:
+    words = {"model.name": "hf", "model.architecture": "gpt_neox", "model.settings": GATED}
+    flags = {key: (f"--{key}", value) for key, value in words.items()}
+    model = with_origin(
+        load_config(overrides=flags | {"model.vocab_size": ("--model.vocab_size", "9")})
+    ).model
+    names = {path.rpartition(".")[2] for path, _, _ in plan._planned(HfCausalModel(model), 2)}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_a_style_that_dtt_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = {"layers.*.self_attn.q_proj": "local_params"}
+    monkeypatch.setattr(transformers.LlamaConfig, "base_model_tp_plan", strange)
+    test_what_its_plan_cannot_divide("llama", GATED, "q_proj .* divided as 'local_params'")
 
 
 def test_a_run_is_evaluated_continued_in_text_exported_and_started_from(
@@ -317,7 +339,7 @@ def test_without_transformers_the_package_is_named(
         (["--training.fp8"], "training.fp8 is for dtt's own decoder"),
         (["--training.recompute", "selective"], "training.recompute selective is for dtt's own"),
         (["--parallel.context", "2", "--world-size", "2"], "parallel.context is 2, and divides"),
-        (["--parallel.tensor", "2", "--world-size", "2"], "model.dropout: transformers would drop"),
+        (["--parallel.tensor", "2", "--world-size", "2"], "model.dropout does not go with"),
         (["--model.layers", "3"], "model hf has no layers (decoder has it)"),
     ],
 )

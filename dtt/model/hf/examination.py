@@ -7,7 +7,8 @@ tokens: those that must not be seen are changed, and the loss of others must sta
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,27 +29,42 @@ def examine(objective: Objective) -> None:
     see those after them."""
     model = objective.model
     assert isinstance(model, HfCausalModel)
-    length = min(TOKENS, model.settings.context) // 2 * 2
+    tokens = few_tokens(model)
+    length = tokens.shape[1]
     if length < 2:
         return
-    device, half = model.head_weight.device, length // 2
-    tokens = torch.arange(1, length + 1, device=device)[None] % (model.settings.vocab_size or 1)
+    half = length // 2
+    with looking(objective):
+        if not _unmoved(objective, tokens, slice(half, None), slice(half), None):
+            raise ConfigError(
+                f"model.architecture: in {model.settings.architecture} tokens see those after "
+                "them: it is no causal language model",
+                "take another architecture",
+            )
+        if model.takes_positions:
+            places = torch.arange(length, device=tokens.device)[None] % half
+            model.isolates = _unmoved(objective, tokens, slice(half), slice(half, None), places)
+        else:
+            model.isolates = False
+
+
+def few_tokens(model: HfCausalModel) -> Tensor:
+    """Return tokens [1, T] to look at a model with, an even number of them."""
+    length, size = min(TOKENS, model.settings.context) // 2 * 2, model.settings.vocab_size or 1
+    return torch.arange(1, length + 1, device=model.head_weight.device)[None] % size
+
+
+@contextmanager
+def looking(objective: Objective) -> Iterator[None]:
+    """Compute in fp32, without dropout and as the code is written."""
+    model = objective.model
+    assert isinstance(model, HfCausalModel)
     dtype, training = model.compute_dtype, model.training
     objective.eval()
     model.compute_in(torch.float32)
     try:
         with _uncompiled(model):
-            if not _unmoved(objective, tokens, slice(half, None), slice(half), None):
-                raise ConfigError(
-                    f"model.architecture: in {model.settings.architecture} tokens see those after "
-                    "them: it is no causal language model",
-                    "take another architecture",
-                )
-            if model.takes_positions:
-                places = torch.arange(length, device=device)[None] % half
-                model.isolates = _unmoved(objective, tokens, slice(half), slice(half, None), places)
-            else:
-                model.isolates = False
+            yield
     finally:
         model.compute_in(dtype)
         objective.train(training)
