@@ -264,7 +264,8 @@ def test_a_layout_that_differs_ends_with_the_code_of_numbers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     off = Difference(0.0, 0.0, 0.5, "embed.weight, step 2", 0.0)
-    monkeypatch.setattr(report, "run", lambda config, cases, alone=None: [{}] * len(cases))
+    for name in ("run", "outcomes"):
+        monkeypatch.setattr(report, name, lambda config, cases, alone=None: [{}] * len(cases))
     monkeypatch.setattr(report, "compare", lambda *arguments: off)
     with pytest.raises(NumericError) as error:
         verify_command(Config())
