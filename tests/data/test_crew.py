@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,20 @@ def kill(process: Any, *, group: bool) -> None:
     with contextlib.suppress(ProcessLookupError):
         (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
     process.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_process_whose_number_another_has_is_dead(tmp_path: Path) -> None:
+    names = []
+    for token, changes in (("alive", {}), ("dead", {"born": "1"})):
+        member = Members(tmp_path, "L", token, 0, "job")
+        member.own = replace(member.own, **changes)
+        member.folder.mkdir(exist_ok=True)
+        member._write()
+        names.append(member.name)
+    one = Members(tmp_path, "L", "one", 1, "job")
+    assert [name for name, _ in one.others()] == names[:1]
+    assert os.listdir(one.folder) == names[:1]
 
 
 @pytest.mark.processes

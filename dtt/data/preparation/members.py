@@ -42,6 +42,8 @@ class Record:
     rank: int
     job: str
     """The same for all tasks of an array, and for all ranks of a launch."""
+    born: str = ""
+    """When the process began, as /proc has it: another may get its number."""
     beat: int = 0
     meeting: int = 0
     """How many corpora it has come to."""
@@ -62,7 +64,7 @@ class Members:
     def __init__(self, home: Path, launch: str, token: str, rank: int, job: str) -> None:
         self.home, self.folder, self.launch = home, home / "members", launch
         self.name = f"{launch}.{rank:05d}.{token}"
-        self.own = Record(_host(), os.getpid(), rank, job)
+        self.own = Record(_host(), os.getpid(), rank, job, _born(os.getpid()))
         self._known: dict[str, Record] = {}
         self._changed: dict[str, tuple[float, bool]] = {}
         self._stop = threading.Event()
@@ -173,7 +175,7 @@ class Members:
         return record
 
     def _alive(self, name: str, record: Record) -> bool:
-        if record.host == self.own.host and not _runs(record.pid):
+        if record.host == self.own.host and not _runs(record.pid, record.born):
             return False
         return time.monotonic() - self._changed[name][0] < LEASE
 
@@ -186,14 +188,21 @@ def _host() -> str:
     return f"{socket.gethostname()}/{space}"
 
 
-def _runs(pid: int) -> bool:
+def _runs(pid: int, born: str) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
+    now = _born(pid)
+    return now != "dead" and (now == born or not (now and born))
+
+
+def _born(pid: int) -> str:
+    """Return when a process began, "dead" if it is and not yet waited for, "" if none can say."""
     with contextlib.suppress(OSError, IndexError):
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return status.rsplit(")", 1)[1].split()[0] not in "ZX"  # killed, and not yet waited for
-    return True
+        fields = status.rsplit(")", 1)[1].split()
+        return "dead" if fields[0] in "ZX" else fields[19]
+    return ""
