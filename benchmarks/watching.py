@@ -152,7 +152,7 @@ def main() -> int:
         print_table(heads, rows)
         share = (totals["on"] - totals["off"]) / middle["off"]["wall"]
         what = "all loggers on, norms every 100 steps: CPU time to that of a step"
-        summarize(what, f"+{share:.1%}", "under 2%")
+        summarize(what, f"{share:+.1%}", "under 2%")
     return 0
 
 

@@ -196,12 +196,6 @@ class HfModel(Section):
     """Share of activations dropped in training, wherever the architecture drops any."""
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the settings are all that makes the model (`dtt.model.hf.settings.complete`)."""
-        sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
-        return self.architecture is not None and sizes <= self.settings.keys()
-
-    @property
     def experts(self) -> None:
         """dtt balances experts in its own decoder only; a model with others is refused."""
 

@@ -45,6 +45,10 @@ def check_layout(subject: Subject) -> Iterator[Finding]:
 def judge_layout(config: Config, ranks: int) -> Finding:
     """Say how so many ranks divide the model and a step; ConfigError with the arithmetic."""
     layout = resolve(config.parallel, config.model, ranks)
+    if isinstance(config.model, HfModel):
+        from dtt.training.refusals import require_plan
+
+        require_plan(config, ranks)
     division = divide(config.training, layout.data, layout.pipeline)
     who = f"{ranks} ranks: {layout}" if ranks > 1 else "one rank"
     return ok(

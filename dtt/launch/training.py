@@ -15,6 +15,7 @@ from dtt.errors import EXIT_DONE, EXIT_PREEMPTED
 from dtt.training.batching import require_layout
 from dtt.training.engine import require_engine
 from dtt.training.launch import train, train_rank
+from dtt.training.refusals import require_plan
 
 
 def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -> int:
@@ -30,6 +31,7 @@ def launch_training(config: Config, *, resume: str | Path | None, fresh: bool) -
 def _on_workers(config: Config, resume: str | Path | None, fresh: bool) -> int:
     """Start the workers on this machine, on a corpus that is ready."""
     require_layout(config, config.parallel.world_size)
+    require_plan(config, config.parallel.world_size)
     require_engine(config.training)
     with progress() as advance:  # not while ranks wait for each other, which has a time limit
         prepare_corpora(config.data, config.tokenizer, report=_warn, advance=advance)

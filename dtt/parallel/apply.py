@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtt.config.schema import Config
 from dtt.dist import Runtime
+from dtt.errors import ConfigError
 from dtt.model.decoder import Decoder
 from dtt.model.loss import sum_cross_entropy
 from dtt.model.objective import Objective
@@ -66,10 +67,10 @@ def parallelize(
             shard(stage, stage.model.blocks, divided, kind, config.parallel, apart)
     for stage in found.stages:
         stage.to_empty(device="cpu" if config.parallel.offload else runtime.device)
+        stage.model.reset()
         for module in stage.modules():  # buffers are not divided, and stay on the device
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(runtime.device))
-        stage.model.reset()
     found.load(weights)
     if not isinstance(objective.model, Decoder):
         _examine(objective, found)
@@ -110,11 +111,19 @@ def _examine(objective: Objective, found: ParallelModel) -> None:
     from dtt.model.hf.examination import examine
     from dtt.parallel.plan import examine_divided
 
-    if found.layout.tensor > 1:
-        known = {*found.parts, *(name for _, names in found.summed for name in names)}
-        examine_divided(objective, found.mesh.group("tensor"), found.mesh.runtime.device, known)
-    else:
-        examine(objective)
+    runtime = found.mesh.runtime
+    problem: tuple[str | None, str | None] = None, None
+    try:
+        if found.layout.tensor > 1:
+            known = {*found.parts, *(name for _, names in found.summed for name in names)}
+            examine_divided(objective, found.mesh.group("tensor"), runtime.device, known)
+        else:
+            examine(objective)
+    except ConfigError as error:  # perhaps of some ranks only
+        problem = error.what, error.fix
+    what, fix = (runtime.first(said) for said in problem)
+    if what is not None:
+        raise ConfigError(what, fix or "")
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # without a backward pass it may keep what it gathered

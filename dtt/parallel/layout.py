@@ -118,10 +118,6 @@ def _refuse_for_transformers(layout: Layout, model: HfModel) -> None:
             "would drop the same places of its heads",
             "set model.dropout to 0, or use parallel.shard",
         )
-    if layout.tensor > 1 and model.is_complete:
-        from dtt.parallel.plan import check_plan  # transformers is for those who use it
-
-        check_plan(model, layout.tensor)
 
 
 def _refuse_for_decoder(layout: Layout, settings: Parallel, model: Model) -> None:

@@ -33,6 +33,8 @@ SUMMED = "replicated_with_grad_allreduce"
 """Parameters that all ranks have, and use for their own heads."""
 SAME = 1e-2
 """Largest relative difference of gradients that all ranks compute alike."""
+SHAPES = re.compile("size of tensor|shape|must match|cannot be multiplied")
+"""What PyTorch says of tensors that do not go together."""
 LAYER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -45,11 +47,11 @@ def divide_by_plan(model: HfCausalModel, group: ProcessGroup) -> tuple[dict[str,
     parts: dict[str, Part] = {}
     copies: list[str] = []
     for path, module, style in _planned(model, group.size()):
-        if isinstance(module, nn.Linear):
+        if style == SUMMED:
+            copies += [f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+        elif isinstance(module, nn.Linear):
             divide = _divide_inputs if style in INPUTS else _divide_outputs
             parts |= {f"{path}.{leaf}": part for leaf, part in divide(module, style, group).items()}
-        else:
-            copies += [f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
     return parts, copies
 
 
@@ -63,22 +65,27 @@ def examine_divided(
     objective: Objective, group: ProcessGroup, device: torch.device, known: Container[str]
 ) -> None:
     """Look at a divided model that has its weights, as `examine` does, and at the gradients of a
-    few tokens: but for the parameters in `known` they must be the same on all ranks of the group.
+    few tokens: those of the layers' parameters that are not in `known` must be the same on all
+    ranks of the group. What `known` says is believed (`dtt verify parallel` proves it).
 
-    All must call it. ConfigError: the architecture's code does not run divided, or the plan does
-    not say that a parameter is used by each rank for its own heads or hidden units.
+    All must call it. ConfigError, on one rank or several: the architecture's code does not run
+    divided, or the plan does not say that a parameter is used by each rank for its own heads or
+    hidden units.
     """
     model = objective.model
     assert isinstance(model, HfCausalModel)
     try:
         examine(objective)
         tokens = few_tokens(model)
+        if not tokens.numel():
+            return
         with looking(objective):
-            objective(tokens, tokens.roll(-1, 1)).backward()
+            objective(tokens, tokens.flip(1)).backward()
     except RuntimeError as error:
-        if "shape" not in str(error) and "size" not in str(error):
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, dist.DistError) or not SHAPES.search(text):
             raise
-        raise _refused(model, f"does not run divided so ({error})") from error
+        raise _refused(model, f"does not run divided so ({text})") from error
     blocks = {id(parameter) for block in model.blocks for parameter in block.parameters()}
     for name, parameter in model.named_parameters():
         if name not in known and id(parameter) in blocks and parameter.grad is not None:
@@ -101,17 +108,18 @@ def _planned(model: HfCausalModel, ranks: int) -> list[tuple[str, nn.Module, str
         style = plan.get(LAYER.sub(".*", path).removeprefix(f"{prefix}."))
         if style is None:
             continue
-        if not (style in INPUTS | OUTPUTS and isinstance(module, nn.Linear)) and style != SUMMED:
+        found.append((path, module, style))
+        if style == SUMMED:
+            continue
+        if style not in INPUTS | OUTPUTS or not isinstance(module, nn.Linear):
             kind = type(module).__name__
             raise _refused(model, f"has {path} ({kind}) divided as {style!r}, unknown to dtt")
-        if isinstance(module, nn.Linear):
-            width = module.in_features if style in INPUTS else module.out_features
-            _refuse_rest(f"the width of {path}", width, ranks)
+        width = module.in_features if style in INPUTS else module.out_features
+        _refuse_rest(f"the width of {path}", width, ranks)
         if style == "colwise" and "att" in path:
             for key in ("num_attention_heads", "num_key_value_heads"):
                 heads = getattr(model.whole.config, key, None) or 0
                 _refuse_rest(f"model.settings.{key}", heads, ranks)
-        found.append((path, module, style))
     if not found:
         raise _refused(model, "has no such plan")
     return found

@@ -29,6 +29,7 @@ from dtt.training.engine import fit
 from dtt.training.loop import closing_lines
 from dtt.training.picture import draw_loss, sparkline
 from dtt.training.preemption import exit_on_preemption
+from dtt.training.refusals import require_plan
 from dtt.training.run import open_run
 
 
@@ -56,6 +57,7 @@ def train(config: Config, *, resume: str | Path | None = None, fresh: bool = Fal
             "start workers with `dtt train` or torchrun",
         )
     require_layout(config, place.ranks)
+    require_plan(config, place.ranks)
     runtime = start(
         place,
         config.training.device,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtt.dist import Runtime
-from dtt.errors import CheckpointError, DttError
+from dtt.errors import CheckpointError, ConfigError, DttError
 from dtt.machine import cores
 from dtt.parallel.part import Part
 from dtt.training.saved import Saved
@@ -48,7 +48,7 @@ def build_whole(
         with closing(Proof(saved, runtime)) as proof:
             try:
                 built = build(proof)
-            except CheckpointError as error:
+            except (CheckpointError, ConfigError) as error:  # or what damaged weights look like
                 problem = error
             damaged = proof.end(problem)
         runtime.on_main(partial(judge, saved, damaged))
@@ -79,7 +79,7 @@ class Proof:
         passes = [self._passes[file] for file in files if file in self._passes]
         return UnprovenGroup(self.saved, name, self._problems, passes)
 
-    def end(self, problem: CheckpointError | None) -> str | None:
+    def end(self, problem: DttError | None) -> str | None:
         """Wait until all ranks have proved their share; return what is damaged, None if nothing is.
 
         All ranks must call it. What loading met on this rank, `problem`, is raised if the files are

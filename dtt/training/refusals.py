@@ -10,7 +10,7 @@ from dtt.data.loader import Loader
 from dtt.errors import ConfigError
 from dtt.model.fp8 import refuse_without_fp8
 from dtt.model.language_model import LanguageModel
-from dtt.parallel.layout import Layout
+from dtt.parallel.layout import Layout, resolve
 from dtt.training.engine import refuse_for_engine
 
 
@@ -41,6 +41,16 @@ def refuse_settings(
             "parallel.offload has the optimizer work on the CPU, which is too slow for muon",
             "use optimizer.name adamw, or leave offload off",
         )
+
+
+def require_plan(config: Config, ranks: int) -> None:
+    """Raise ConfigError, with the arithmetic, if a model of `transformers` cannot be divided among
+    so many ranks; its settings are complete (`dtt.huggingface.origin.with_origin`)."""
+    layout = resolve(config.parallel, config.model, ranks)
+    if isinstance(config.model, HfModel) and layout.tensor > 1:
+        from dtt.parallel.plan import check_plan  # transformers is for those who use it
+
+        check_plan(config.model, layout.tensor)
 
 
 def _refuse_for_transformers(training: Training) -> None:

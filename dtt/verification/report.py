@@ -20,7 +20,7 @@ from torch import Tensor
 from dtt.config.schema import Config
 from dtt.data.progress import Advance, progress, silent
 from dtt.errors import EXIT_DONE, ConfigError, NumericError
-from dtt.parallel.layout import resolve
+from dtt.training.refusals import require_plan
 from dtt.verification import cases as sizes
 from dtt.verification.cases import ALONE, VOCABULARY, Case, cases_for, shrink, small
 from dtt.verification.training import outcomes, run
@@ -77,7 +77,7 @@ def verify(config: Config, advance: Advance = silent) -> Iterator[tuple[Case, Di
         reasons, going = {}, []
         for case in group:
             try:
-                resolve(small(config, case).parallel, shrink(config.model), case.ranks)
+                require_plan(small(config, case), case.ranks)
                 going.append(case)
             except ConfigError as error:
                 reasons[case] = error.what

@@ -7,6 +7,7 @@ tokens: those that must not be seen are changed, and the loss of others must sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -87,4 +88,10 @@ def _unmoved(
     others = tokens.clone()
     others[:, changed] = (others[:, changed] * 3 + 5) % size
     before, after = (float(objective(x, targets, places)) for x in (tokens, others))
+    if not math.isfinite(before + after):
+        raise ConfigError(
+            f"model.architecture: the loss of {objective.model.settings.name} is {before} with the "
+            "weights that it starts from",
+            "start from others",
+        )
     return abs(after - before) <= SAME * abs(before)
