@@ -166,7 +166,7 @@ def _build(
     return run
 
 
-class Whole(NamedTuple):
+class Undivided(NamedTuple):
     """What a model is before ranks divide it."""
 
     parameters: tuple[int, int]
@@ -183,12 +183,12 @@ def _from_checkpoint(
     runtime: Runtime,
     reporter: Reporter,
     proof: Proof | None,
-) -> tuple[Whole, Stepper, TrainState]:
+) -> tuple[Undivided, Stepper, TrainState]:
     """Return what the whole model is, what trains it, and where it is."""
     model = build_model(config, dtype)
     counts = count_parameters(model), count_active_parameters(model)
     names = [name for name, _ in model.named_parameters()]
-    whole = Whole(counts, names, _flops(config, model))  # before ranks divide it
+    whole = Undivided(counts, names, _flops(config, model))  # before ranks divide it
     weights = _weights(config, model, runtime, proof, reporter)
     stepper = build_stepper(model, layout, config, runtime, dtype, weights)
     refuse_documents(model, loader)

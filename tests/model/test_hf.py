@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from unittest.mock import patch
 
@@ -133,6 +134,14 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
     for layer in model.whole.model.layers:
         layer.self_attn.is_causal = False
     with pytest.raises(ConfigError, match="tokens see those after them"):
+        examine(Objective(model))
+
+
+def test_weights_without_a_loss_are_refused() -> None:
+    model = filled(settings_of("llama"))
+    with torch.no_grad():
+        model.whole.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ConfigError, match=r"give no finite loss \(nan, nan\)"):
         examine(Objective(model))
 
 

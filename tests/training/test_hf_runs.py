@@ -15,7 +15,9 @@ from small_run import STEPS, Done, assert_same_run, command, flags, losses, writ
 
 from dtt.cli import main
 from dtt.config.load import load_config
+from dtt.config.model import HfModel
 from dtt.config.parallel import Parallel
+from dtt.config.schema import Config
 from dtt.dist import Place, Runtime
 from dtt.errors import CheckpointError, ConfigError
 from dtt.huggingface import proof
@@ -104,17 +106,22 @@ def test_ranks_and_forwards_share_a_step_alike(tmp_path: Path) -> None:
     assert all(abs(theirs[step] / ours[step] - 1) < 1e-5 for step in ours) and len(ours) == 6
 
 
+def described(architecture: str, settings: str = GATED) -> Config:
+    """The complete configuration of such a model."""
+    words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
+    words["model.vocab_size"] = "64"
+    return with_origin(load_config(overrides={k: (f"--{k}", v) for k, v in words.items()}))
+
+
 def verified(
     monkeypatch: pytest.MonkeyPatch, architecture: str, settings: str = GATED, only: str = ""
 ) -> dict[str, Difference | str]:
     """What `dtt verify parallel` finds, with bounds that hold; of all cases, or of those named."""
-    words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
-    flags = {key: (f"--{key}", value) for key, value in words.items()}
     every = report.cases_for
     monkeypatch.setattr(
         report, "cases_for", lambda c: [x for x in every(c) if only in ("", x.name)]
     )
-    found = dict(report.verify(with_origin(load_config(overrides=flags))))
+    found = dict(report.verify(described(architecture, settings)))
     for case, difference in found.items():
         assert isinstance(difference, str) or difference.within(case), (case.name, difference)
     return {case.name: difference for case, difference in found.items()}
@@ -192,19 +199,14 @@ def test_a_run_of_divided_matrices_goes_on_alone(tmp_path: Path) -> None:
     ],
 )
 def test_what_its_plan_cannot_divide(architecture: str, settings: str, why: str) -> None:
-    words = {"model.name": "hf", "model.architecture": architecture, "model.settings": settings}
-    flags = {key: (f"--{key}", value) for key, value in words.items()}
-    config = with_origin(load_config(overrides=flags))
+    config = described(architecture, settings)
     with pytest.raises(ConfigError, match=why):
         require_plan(config.model_copy(update={"parallel": Parallel(tensor=2)}), 2)
 
 
 def test_all_that_a_plan_names_is_divided() -> None:
-    words = {"model.name": "hf", "model.architecture": "gpt_neox", "model.settings": GATED}
-    flags = {key: (f"--{key}", value) for key, value in words.items()}
-    model = with_origin(
-        load_config(overrides=flags | {"model.vocab_size": ("--model.vocab_size", "9")})
-    ).model
+    model = described("gpt_neox").model
+    assert isinstance(model, HfModel)
     names = {path.rpartition(".")[2] for path, _, _ in plan._planned(HfCausalModel(model), 2)}
     assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
@@ -212,7 +214,10 @@ def test_all_that_a_plan_names_is_divided() -> None:
 def test_a_style_that_dtt_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     strange = {"layers.*.self_attn.q_proj": "local_params"}
     monkeypatch.setattr(transformers.LlamaConfig, "base_model_tp_plan", strange)
-    test_what_its_plan_cannot_divide("llama", GATED, "q_proj .* divided as 'local_params'")
+    model = described("llama").model
+    assert isinstance(model, HfModel)
+    with pytest.raises(ConfigError, match=r"q_proj .* divided as 'local_params'"):
+        plan.check_plan(model, 2)
 
 
 def test_a_run_is_evaluated_continued_in_text_exported_and_started_from(

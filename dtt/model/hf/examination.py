@@ -90,8 +90,7 @@ def _unmoved(
     before, after = (float(objective(x, targets, places)) for x in (tokens, others))
     if not math.isfinite(before + after):
         raise ConfigError(
-            f"model.architecture: the loss of {objective.model.settings.name} is {before} with the "
-            "weights that it starts from",
-            "start from others",
+            f"the weights that the model starts from give no finite loss ({before}, {after})",
+            "start from others (init_from)",
         )
     return abs(after - before) <= SAME * abs(before)
